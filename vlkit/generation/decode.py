@@ -1,0 +1,106 @@
+"""The decode loop: one prefill of the packed batch, then one token per sequence and step from the cache.
+
+    batch -> embed -> llm (writes the cache) -> last hidden of every sequence -> next ids -> embed -> llm (reads the cache) -> ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vlkit.errors import ConfigError, SequenceTooLongError
+from vlkit.generation.sampling import Sampler
+from vlkit.packing import Batch, Layout, Packed
+
+
+class Generator(Protocol):
+    """What the loop needs of a model: embeddings of a batch, and a decoder with a cache."""
+
+    llm: Any
+
+    def embed(self, batch: Batch) -> Packed:
+        """Decoder-wide embeddings, image tokens in place."""
+        ...
+
+
+@torch.no_grad()
+def generate(
+    model: Generator,
+    batch: Batch,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    stop: Sequence[int] = (),
+    seed: int = 0,
+) -> list[list[int]]:
+    """Continue every sequence until a stop id or max_new_tokens.
+
+    Args:
+        model: A VisionLanguageModel, or anything with `embed` and `llm`.
+        batch: Sequences of any lengths; labels are not looked at.
+        max_new_tokens: New tokens per sequence at most.
+        temperature: 0 is greedy.
+        top_p: Nucleus sampling.
+        top_k: Keep the k likeliest; 0 keeps all.
+        stop: Ids that end a sequence; the id itself is part of the answer.
+        seed: Of the sampling; sequence i draws with seed + i.
+
+    Returns:
+        The new ids of each sequence.
+
+    Raises:
+        SequenceTooLongError: A sequence with its answer would pass the decoder's positions.
+        ConfigError: A value out of range.
+    """
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+    lengths, limit = batch.ids.layout.lengths, model.llm.config.max_positions
+    if max(lengths) + max_new_tokens > limit:
+        worst = lengths.index(max(lengths))
+        raise SequenceTooLongError(
+            f"sequence {worst}: {lengths[worst]} tokens and {max_new_tokens} new ones pass the decoder's {limit} positions; "
+            "ask for fewer new tokens or use smaller images"
+        )
+    answers: list[list[int]] = [[] for _ in lengths]
+    running = list(range(len(lengths)))
+    sampler = Sampler(len(lengths), temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    stops = frozenset(stop)
+
+    embeddings = model.embed(batch)
+    cache = model.llm.new_cache(
+        len(lengths),
+        max(lengths) + max_new_tokens,
+        dtype=embeddings.tokens.dtype,
+        device=embeddings.tokens.device,
+    )
+    hidden = model.llm(embeddings, positions=batch.positions, cache=cache).hidden
+    last: Tensor = hidden.tokens[hidden.layout.cu_seqlens(hidden.tokens.device)[1:].long() - 1]  # [sequences, dim]
+    # Positions given by hand go on from the highest of their sequence, on every axis alike.
+    following = None
+    if batch.positions is not None:
+        flat = batch.positions.view(len(batch.positions), -1).amax(dim=1)
+        highest = torch.stack([part.max() for part in flat.split(list(lengths))])
+        following = (highest + 1).view(-1, *[1] * (batch.positions.ndim - 1)).expand(-1, *batch.positions.shape[1:])
+    for step in range(max_new_tokens):
+        ids = sampler(model.llm.head(last), running)
+        drawn = ids.tolist()
+        for sequence, token in zip(running, drawn, strict=True):
+            answers[sequence].append(token)
+        kept = [row for row, token in enumerate(drawn) if token not in stops]
+        if not kept or step == max_new_tokens - 1:
+            break
+        if len(kept) < len(running):
+            cache.select(kept)
+            running = [running[row] for row in kept]
+            ids = ids[torch.tensor(kept, device=ids.device)]
+        if following is not None:
+            following = following[kept]
+        layout = Layout((1,) * len(running))
+        last = model.llm(Packed(model.llm.embed(ids), layout), positions=following, cache=cache).hidden.tokens
+        following = None if following is None else following + 1
+    return answers

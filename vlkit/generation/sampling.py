@@ -1,0 +1,79 @@
+"""From logits to one id per sequence: greedy, or sampled with temperature, top-k and top-p."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vlkit.errors import ConfigError
+
+
+def truncated_probabilities(
+    logits: Float[Tensor, "sequences vocab"], *, temperature: float, top_p: float = 1.0, top_k: int = 0
+) -> Float[Tensor, "sequences vocab"]:
+    """The distribution that is sampled from, in fp32.
+
+    Args:
+        logits: Scores of the next token.
+        temperature: Divides the logits; above 0.
+        top_p: Keep the fewest most likely tokens whose probabilities sum to at least top_p (nucleus sampling).
+        top_k: Keep the k most likely tokens first; 0 keeps all. Tokens that tie with the last one kept are kept too.
+
+    Source: nucleus sampling, arXiv:1904.09751.
+    """
+    scores = logits.float() / temperature
+    if 0 < top_k < scores.shape[-1]:
+        scores = scores.masked_fill(scores < scores.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
+    probabilities = scores.softmax(dim=-1)
+    if top_p < 1.0:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered  # probability of all that is likelier
+        ordered = ordered.masked_fill(before >= top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
+        probabilities /= probabilities.sum(dim=-1, keepdim=True)
+    return probabilities
+
+
+class Sampler:
+    """Chooses the next id of every sequence.
+
+    Every sequence draws from a generator of its own, so what one sequence gets does not depend on how long its neighbours run.
+
+    Args:
+        num_sequences: Sequences in the batch.
+        temperature: 0 takes the likeliest token; above 0 samples.
+        top_p: In (0, 1]; see `truncated_probabilities`.
+        top_k: 0 for all; see `truncated_probabilities`.
+        seed: Sequence i uses seed + i.
+
+    Raises:
+        ConfigError: A value out of range.
+    """
+
+    def __init__(
+        self, num_sequences: int, *, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0
+    ) -> None:
+        if not temperature >= 0:
+            raise ConfigError(f"temperature must be at least 0, found {temperature}")
+        if not 0 < top_p <= 1:
+            raise ConfigError(f"top_p must be in (0, 1], found {top_p}")
+        if top_k < 0:
+            raise ConfigError(f"top_k must be at least 0 (0 keeps all), found {top_k}")
+        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        self.generators = [torch.Generator().manual_seed(seed + i) for i in range(num_sequences)]
+
+    def __call__(self, logits: Float[Tensor, "sequences vocab"], sequences: Sequence[int]) -> Int[Tensor, " sequences"]:
+        """The next id of each sequence; `sequences` says which sequences of the batch the rows are."""
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        probabilities = truncated_probabilities(
+            logits, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k
+        ).cpu()
+        drawn = [
+            torch.multinomial(row, 1, generator=self.generators[sequence])
+            for row, sequence in zip(probabilities, sequences, strict=True)
+        ]
+        return torch.cat(drawn).to(logits.device)

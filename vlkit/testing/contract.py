@@ -1,0 +1,250 @@
+"""The contract: what holds for every model made of registered parts. Each check raises AssertionError with what it found.
+
+Tolerances: fp64 differs by rounding only; fp32 stays within 1e-6 of the largest value seen, the two of them in the same code.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vlkit.packing import Batch, Layout, Packed
+from vlkit.testing.batches import random_batch, random_patches
+
+if TYPE_CHECKING:
+    from vlkit.models.vlm import VisionLanguageModel, VLMConfig
+
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
+SEQUENCES = [(5, [(1, 2)]), (3, []), (1, [(2, 3)]), (7, [(3, 1), (1, 1)]), (1, [])]
+
+
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference over the largest magnitude of the second; equal tensors give 0."""
+    assert ours.shape == theirs.shape, f"shapes differ: {tuple(ours.shape)} and {tuple(theirs.shape)}"
+    if not ours.numel() or torch.equal(ours, theirs):
+        return 0.0
+    scale = float(theirs.abs().max())
+    difference = float((ours - theirs).abs().max())
+    assert difference == difference, "NaN"
+    return difference / scale if scale else difference
+
+
+def _assert_close(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> None:
+    found = relative_difference(ours.detach(), theirs.detach())
+    assert found <= tolerance, f"{what}: relative difference {found:.2e}, allowed {tolerance:.0e}"
+
+
+def config_round_trips(config: VLMConfig) -> None:
+    """to_dict gives JSON, and from_dict gives the config back."""
+    import json
+
+    text = json.dumps(config.to_dict(), allow_nan=False)
+    assert type(config).from_dict(json.loads(text)) == config
+
+
+def splits(batch: Batch) -> Iterator[Batch]:
+    """Each sequence of a batch as a batch of its own; needs every image token in its own sequence."""
+    from vlkit.errors import LayoutError
+
+    images = list(zip(batch.patches.unpack(), batch.patches.layout.grids or (), strict=True)) if batch.patches else []
+    labels = batch.labels.split(list(batch.ids.layout.lengths)) if batch.labels is not None else None
+    taken = 0
+    for item, ids in enumerate(batch.ids.unpack()):
+        mine = _images_of(batch, item)
+        part = images[taken : taken + mine]
+        if len(part) != mine:
+            raise LayoutError(f"sequence {item} has {mine} images, {len(part)} are left")
+        taken += mine
+        yield Batch(
+            ids=Packed(ids, Layout((len(ids),))),
+            patches=Packed(torch.cat([p for p, _ in part]), Layout.from_grids([g for _, g in part])) if part else None,
+            labels=labels[item] if labels is not None else None,
+        )
+
+
+def _images_of(batch: Batch, item: int) -> int:
+    return len(SEQUENCES[item][1])
+
+
+def _batch(model: VisionLanguageModel, seed: int = 0) -> Batch:
+    return random_batch(model, SEQUENCES, seed=seed)
+
+
+def _gradients(model: VisionLanguageModel, loss: Tensor) -> dict[str, Tensor]:
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    missing = [n for n, g in zip(named, grads, strict=True) if g is None]
+    assert not missing, f"no gradient reaches {missing}"
+    return {n: g for n, g in zip(named, grads, strict=True) if g is not None}
+
+
+def packed_equals_alone(model: VisionLanguageModel) -> None:
+    """Logits, and gradients of the summed loss, of a pack are those of its sequences one by one."""
+    batch = _batch(model)
+    tolerance = TOLERANCE[next(model.parameters()).dtype]
+    together = model(batch)
+    loss = together.loss * together.num_targets
+    alone = [model(part) for part in splits(batch)]
+    for item, (ours, theirs) in enumerate(zip(together.unpack(), alone, strict=True)):
+        _assert_close(ours, theirs.logits.tokens, tolerance, f"logits of sequence {item}")
+    summed = torch.stack([out.loss * out.num_targets for out in alone]).sum()
+    _assert_close(loss, summed, tolerance, "loss")
+    ours, theirs = _gradients(model, loss), _gradients(model, summed)
+    scale = max(float(g.abs().max()) for g in theirs.values())
+    for name, grad in ours.items():
+        found = float((grad - theirs[name]).abs().max()) / scale
+        assert found <= tolerance, f"gradient of {name}: {found:.2e} of the largest gradient, allowed {tolerance:.0e}"
+
+
+@torch.no_grad()
+def items_are_isolated(model: VisionLanguageModel) -> None:
+    """Other text and other pixels in one sequence change no bit of any other sequence's logits."""
+    batch = _batch(model)
+    before = model(batch).unpack()
+    for changed in (0, 3):
+        other = random_batch(model, SEQUENCES, seed=1)
+        ids = batch.ids.tokens.clone()
+        start, end = batch.ids.layout.offsets[changed], batch.ids.layout.offsets[changed + 1]
+        ids[start:end] = other.ids.tokens[start:end]
+        assert batch.patches is not None
+        assert other.patches is not None
+        first = sum(len(images) for _, images in SEQUENCES[:changed])
+        patches = list(batch.patches.unpack())
+        for image in range(first, first + len(SEQUENCES[changed][1])):
+            patches[image] = other.patches.unpack()[image]
+        after = model(Batch(batch.ids.with_tokens(ids), batch.patches.with_tokens(torch.cat(patches)))).unpack()
+        for item, (a, b) in enumerate(zip(before, after, strict=True)):
+            if item == changed:
+                assert not torch.equal(a, b), f"sequence {item} does not look at its own contents"
+            else:
+                assert torch.equal(a, b), f"sequence {changed} leaks into {item}: {relative_difference(a, b):.2e}"
+
+
+@torch.no_grad()
+def cache_equals_full(model: VisionLanguageModel) -> None:
+    """Prefill, then one token at a time from the cache: the logits of one forward over everything."""
+    full = _batch(model)
+    want = model(full).unpack()
+    steps = 3
+    heads = [part for part in splits(full) if len(part.ids.tokens) > steps]
+    prefill = Batch.concat(
+        [Batch(Packed(p.ids.tokens[:-steps], Layout((len(p.ids.tokens) - steps,))), p.patches) for p in heads]
+    )
+    kept = [item for item, n in enumerate(full.ids.layout.lengths) if n > steps]
+    cache = model.llm.new_cache(
+        len(heads), full.ids.layout.max_length, dtype=next(model.parameters()).dtype, device=full.ids.tokens.device
+    )
+    tolerance = TOLERANCE[next(model.parameters()).dtype]
+    for item, logits in zip(kept, model(prefill, cache=cache).unpack(), strict=True):
+        _assert_close(logits, want[item][:-steps], tolerance, f"prefill of sequence {item}")
+    for step in range(steps, 0, -1):
+        ids = torch.stack([p.ids.tokens[-step] for p in heads])
+        step_batch = Batch(Packed(ids, Layout((1,) * len(heads))))
+        for item, logits in zip(kept, model(step_batch, cache=cache).unpack(), strict=True):
+            _assert_close(logits[0], want[item][-step], tolerance, f"decoded token {-step} of sequence {item}")
+
+
+def batch_equals_single(model: VisionLanguageModel) -> None:
+    """Greedy answers and sampled ones of a batch are those of its sequences one by one."""
+    batch = random_batch(model, SEQUENCES, labels=False)
+    together = model.generate(batch, max_new_tokens=6, stop=())
+    alone = [model.generate(part, max_new_tokens=6, stop=())[0] for part in splits(batch)]
+    assert together == alone
+    sampled = model.generate(batch, max_new_tokens=6, stop=(), temperature=1.5, top_p=0.9, top_k=50, seed=3)
+    singly = [
+        model.generate(part, max_new_tokens=6, stop=(), temperature=1.5, top_p=0.9, top_k=50, seed=3 + i)[0]
+        for i, part in enumerate(splits(batch))
+    ]
+    assert sampled == singly
+    stop = {together[0][2]}
+    cut = model.generate(batch, max_new_tokens=6, stop=list(stop))
+    for long, short in zip(together, cut, strict=True):
+        until = next((i + 1 for i, token in enumerate(long) if token in stop), len(long))
+        assert short == long[:until], "a sequence that stops changes another, or goes on"
+
+
+def checkpointing_changes_no_bit(model: VisionLanguageModel) -> None:
+    """Recomputing activations in the backward gives the same loss and gradients, bit for bit."""
+    batch = _batch(model)
+    plain = model(batch).loss
+    want = _gradients(model, plain)
+    parts = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+    assert len(parts) >= 2, "tower and decoder offer gradient_checkpointing"
+    for part in parts:
+        part.gradient_checkpointing = True  # type: ignore[assignment]
+    try:
+        again = model(batch).loss
+        got = _gradients(model, again)
+    finally:
+        for part in parts:
+            part.gradient_checkpointing = False  # type: ignore[assignment]
+    assert torch.equal(plain, again)
+    for name in want:
+        assert torch.equal(want[name], got[name]), f"gradient of {name} changes under checkpointing"
+
+
+def same_seed_same_bits(config: VLMConfig) -> None:
+    """Two models from one seed have the same weights and, after a step of SGD, still have."""
+    from vlkit.models import VisionLanguageModel
+
+    results = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        model = VisionLanguageModel(config)
+        model.reset_parameters()
+        grads = _gradients(model, model(_batch(model)).loss)
+        results.append([p.detach() - 0.1 * grads[n] for n, p in model.named_parameters() if n in grads])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def gradients_reach_everything(model: VisionLanguageModel) -> None:
+    """Every trainable parameter has a finite gradient, with images and without any; with images none stays untouched."""
+    for sequences in (SEQUENCES, [(6, []), (2, [])]):
+        batch = random_batch(model, sequences)
+        grads = _gradients(model, model(batch).loss)
+        for name, grad in grads.items():
+            assert bool(grad.isfinite().all()), f"gradient of {name} is not finite"
+        if batch.patches is not None:
+            zero = [name for name, grad in grads.items() if not bool(grad.any())]
+            assert not zero, f"gradients that are zero everywhere: {zero}"
+
+
+def blocks_compile(model: VisionLanguageModel, *, backend: str = "aot_eager") -> None:
+    """The block stacks of tower and decoder compile as one graph, and other lengths reuse it; results stay equal."""
+    import torch._dynamo as dynamo
+
+    model = copy.deepcopy(model)
+    batches = [
+        random_batch(model, sequences, seed=seed)
+        for seed, sequences in enumerate(
+            [[(5, [(2, 3)]), (4, [])], [(3, [(1, 2), (3, 2)]), (7, [])], [(9, [(4, 1)]), (2, []), (6, [(2, 2)])]]
+        )
+    ]
+    dtype = next(model.parameters()).dtype
+    want = [(model(b).logits.tokens, _gradients(model, model(b).loss)) for b in batches]
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    compiled = 0
+    for part in (model.vision, model.llm):
+        part.forward_blocks = torch.compile(part.forward_blocks, fullgraph=True, dynamic=True, backend=backend)  # type: ignore[assignment]
+        compiled += 1
+    for batch, (logits, grads) in zip(batches, want, strict=True):
+        out = model(batch)
+        _assert_close(out.logits.tokens, logits, 50 * TOLERANCE[dtype], "compiled logits")
+        got = _gradients(model, out.loss)
+        for name in grads:
+            _assert_close(got[name], grads[name], 1e3 * TOLERANCE[dtype], f"compiled gradient of {name}")
+    graphs = dynamo.utils.counters["stats"]["unique_graphs"]
+    dynamo.reset()
+    assert graphs == compiled, f"{graphs} graphs for {compiled} block stacks: something recompiles for another length"
+
+
+def image_tokens(model: VisionLanguageModel, sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Tokens that the model gives for images with these grids (rows, columns) in patches."""
+    patches = random_patches(list(sizes), model.config.vision.patch_dim, dtype=next(model.parameters()).dtype)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        return list(model.encode_images(patches).layout.lengths)
