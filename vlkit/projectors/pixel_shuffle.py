@@ -1,0 +1,118 @@
+"""Pixel shuffle and a two-layer MLP: every m x m block of patches becomes one token of the decoder.
+
+    [patches, in_dim] -> norm -> blocks side by side [tokens, m * m * in_dim] -> linear -> GELU -> linear -> [tokens, out_dim]
+
+Source: Kimi-VL, arXiv:2504.07491, section 2.1; with norm="none" the connector of AndesVL, arXiv:2510.11496.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vlkit.config import Config, Positive, Size
+from vlkit.errors import LayoutError
+from vlkit.hub.keymap import KeyMap, rename
+from vlkit.layers.norm import LayerNorm
+from vlkit.packing import Layout, Packed
+from vlkit.registry import register_component
+
+
+class PixelShuffleConfig(Config):
+    """Sizes of a pixel-shuffle projector; the defaults are Kimi-VL's.
+
+    Attributes:
+        in_dim: Width of the tower's features.
+        out_dim: Width of the decoder.
+        merge_size: Side of the block of patches that becomes one token.
+        hidden_dim: Width between the two linear layers; None means in_dim * merge_size ** 2.
+        norm: "pre" normalises each patch before merging; "none" does not.
+        norm_eps: Added to the variance in the norm.
+    """
+
+    in_dim: Size = 1152
+    out_dim: Size = 2048
+    merge_size: Size = 2
+    hidden_dim: Size | None = None
+    norm: Literal["pre", "none"] = "pre"
+    norm_eps: Positive = 1e-5
+
+    @property
+    def merged_dim(self) -> int:
+        return self.in_dim * self.merge_size**2
+
+
+def pixel_shuffle(features: Packed, merge_size: int) -> Packed:
+    """Put every merge_size x merge_size block of patches side by side, row by row of the block.
+
+    Args:
+        features: [patches, dim] in raster order, with grids.
+
+    Returns:
+        [tokens, merge_size ** 2 * dim], blocks in raster order, with `layout.merged(merge_size)`.
+
+    Raises:
+        LayoutError: No grids, or a grid side that is not a multiple of merge_size.
+    """
+    merged = features.layout.merged(merge_size)
+    if merge_size == 1:
+        return Packed(features.tokens, merged)
+    return Packed(_merge_blocks(features, merge_size), merged)
+
+
+def _merge_blocks(features: Packed, m: int) -> Tensor:
+    grids = features.layout.grids or ()
+    if not grids:
+        return features.tokens.reshape(0, m * m * features.tokens.shape[-1])
+    if len(set(grids)) == 1:
+        t, h, w = grids[0]
+        return rearrange(
+            features.tokens, "(n t h a w b) d -> (n t h w) (a b d)", n=len(grids), t=t, h=h // m, w=w // m, a=m, b=m
+        )
+    parts = [
+        rearrange(item, "(t h a w b) d -> (t h w) (a b d)", t=t, h=h // m, w=w // m, a=m, b=m)
+        for item, (t, h, w) in zip(features.unpack(), grids, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+class PixelShuffleProjector(nn.Module):
+    """linear_2(GELU(linear_1(blocks of norm(features)))), with the exact GELU."""
+
+    def __init__(self, config: PixelShuffleConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden_dim = config.merged_dim if config.hidden_dim is None else config.hidden_dim
+        self.norm = LayerNorm(config.in_dim, eps=config.norm_eps) if config.norm == "pre" else None
+        self.fc1 = nn.Linear(config.merged_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, config.out_dim)
+
+    def forward(self, features: Packed) -> Packed:
+        """[patches, in_dim] -> [tokens, out_dim], with the layout merged.
+
+        Raises:
+            LayoutError: No grids, or an image whose grid does not divide into blocks.
+        """
+        normed = features if self.norm is None else features.with_tokens(self.norm(features.tokens))
+        merged = pixel_shuffle(normed, self.config.merge_size)
+        return merged.with_tokens(self.fc2(F.gelu(self.fc1(merged.tokens))))
+
+
+KEYS = KeyMap(
+    rename("pre_norm.{kind}", "norm.{kind}"),
+    rename("linear_1.{kind}", "fc1.{kind}"),
+    rename("linear_2.{kind}", "fc2.{kind}"),
+)
+"""Kimi-VL's names, there under `multi_modal_projector.`."""
+
+register_component(
+    "projector",
+    PixelShuffleConfig,
+    PixelShuffleProjector,
+    {"pixel-shuffle": PixelShuffleConfig(), "pixel-shuffle-tiny": PixelShuffleConfig(in_dim=32, out_dim=32)},
+)
