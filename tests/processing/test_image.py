@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlkit.errors import EmptyBatchError, ImageError
+from vlkit.processing import ImageRule, pack_images
+
+CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def slow_patches(image: Image.Image, rule: ImageRule) -> Tensor:
+    """The rule as one reads it: pad, scale to 0..1, normalise, cut patch after patch."""
+    plan = rule.target_size(image.height, image.width)
+    image = image.resize(plan.resized[::-1], Image.Resampling.BICUBIC)
+    canvas = Image.new("RGB", plan.canvas[::-1])
+    canvas.paste(image, (0, 0))
+    pixels = torch.tensor(np.array(canvas)).permute(2, 0, 1).float() / 255
+    pixels = (pixels - torch.tensor(rule.mean)[:, None, None]) / torch.tensor(rule.std)[:, None, None]
+    size = rule.patch_size
+    return torch.stack(
+        [
+            pixels[:, row * size : (row + 1) * size, column * size : (column + 1) * size].flatten()
+            for row in range(plan.grid[0])
+            for column in range(plan.grid[1])
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ImageRule(),
+        ImageRule(patch_size=5, merge_size=3, max_patches=20, **CLIP),
+        ImageRule(patch_size=4, fit="resize", max_patches=None, min_pixels=1000, max_pixels=2000, **CLIP),
+    ],
+    ids=["kimi", "shrunk", "qwen"],
+)
+def test_patches_are_those_of_the_slow_way(rule: ImageRule) -> None:
+    """Bit for bit, so that features can be compared with a published processor's."""
+    images = [noise(29, 61), noise(3, 1, seed=1), noise(40, 40, seed=2)]
+
+    packed = pack_images(images, rule)
+
+    for image, patches in zip(images, packed.unpack(), strict=True):
+        assert torch.equal(patches, slow_patches(image, rule))
+    assert packed.layout.grids == tuple((1, *rule.target_size(i.height, i.width).grid) for i in images)
+
+
+def test_padding_is_black_before_normalisation() -> None:
+    packed = pack_images([Image.new("RGB", (1, 1), (255, 255, 255))])
+
+    assert packed.tokens.unique(return_counts=True)[1].tolist() == [4 * 588 - 3, 3]
+    assert packed.tokens.min() == -1
+    assert packed.tokens.max() == 1
+
+
+def test_the_inputs_are_not_written_to() -> None:
+    array = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+    before = array.copy()
+
+    packed = pack_images([array])
+    packed.tokens.zero_()
+
+    np.testing.assert_array_equal(array, before)
+
+
+def test_errors_name_the_image() -> None:
+    with pytest.raises(ImageError, match="image 1: an image of 201x1 pixels"):
+        pack_images([noise(3, 3), noise(1, 201)])
+    with pytest.raises(ImageError, match="image 2: 0x0 pixels"):
+        pack_images([noise(3, 3), noise(3, 3), Image.new("RGB", (0, 0))])
+
+
+def test_nothing_to_pack_is_refused() -> None:
+    with pytest.raises(EmptyBatchError):
+        pack_images([])

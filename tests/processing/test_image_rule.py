@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlkit.errors import ConfigError, ImageError
+from vlkit.processing import ImageRule
+
+KIMI = ImageRule(max_aspect=None)
+QWEN2 = ImageRule(fit="resize", max_patches=None, max_side=None, min_pixels=3136, max_pixels=12845056)
+sides = st.integers(1, 6000)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "resized", "grid", "tokens", "tokens_16384"),
+    [
+        (1, 1, (1, 1), (2, 2), 1, 1),
+        (27, 29, (29, 27), (4, 2), 2, 2),
+        (300, 200, (200, 300), (16, 22), 88, 88),
+        (640, 480, (480, 640), (36, 46), 414, 414),
+        (896, 896, (896, 896), (64, 64), 1024, 1024),
+        (897, 897, (897, 897), (66, 66), 1089, 1089),
+        (1024, 1024, (897, 897), (66, 66), 1089, 1369),
+        (1920, 1080, (672, 1196), (48, 86), 1032, 2691),
+        (3840, 2160, (672, 1196), (48, 86), 1032, 4214),
+    ],
+)
+def test_pad_matches_the_sizes_of_kimi_vl(
+    width: int, height: int, resized: tuple[int, int], grid: tuple[int, int], tokens: int, tokens_16384: int
+) -> None:
+    """Computed from the published processor's formula: whole patches are counted before padding, sides rounded up after."""
+    plan = KIMI.target_size(height, width)
+    large = KIMI.replace(max_patches=16384)
+
+    assert (plan.resized, plan.grid, KIMI.num_tokens(plan.grid)) == (resized, grid, tokens)
+    assert large.num_tokens(large.target_size(height, width).grid) == tokens_16384
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "patch_size", "min_pixels", "max_pixels", "expected"),
+    [
+        (1080, 1920, 14, 3136, 12845056, (1092, 1932)),
+        (1080, 1920, 14, 3136, 1003520, (728, 1316)),
+        (720, 1280, 14, 200704, 937664, (728, 1288)),
+        (1440, 2560, 14, 78400, 12845056, (1428, 2548)),
+        (2400, 1080, 14, 3136, 12845056, (2408, 1092)),
+        (98, 98, 14, 3136, 12845056, (112, 112)),  # 3.5 rounds to 4
+        (42, 70, 14, 3136, 12845056, (56, 56)),  # 1.5 to 2, 2.5 to 2
+        (20, 30, 14, 3136, 12845056, (56, 84)),
+        (10, 10, 14, 3136, 12845056, (56, 56)),
+        (1, 150, 14, 3136, 1003520, (28, 700)),
+        (14, 1000, 14, 3136, 12845056, (28, 476)),  # the short side rounds to nothing, so the whole is scaled
+        (1080, 1920, 16, 65536, 16777216, (1088, 1920)),
+    ],
+)
+def test_resize_matches_the_sizes_of_qwen2_vl(
+    height: int, width: int, patch_size: int, min_pixels: int, max_pixels: int, expected: tuple[int, int]
+) -> None:
+    rule = QWEN2.replace(patch_size=patch_size, min_pixels=min_pixels, max_pixels=max_pixels)
+
+    plan = rule.target_size(height, width)
+
+    assert plan.resized == plan.canvas == expected
+
+
+@settings(deadline=None)
+@given(sides, sides, st.sampled_from([8, 14, 16]), st.integers(1, 4), st.sampled_from(["pad", "resize"]))
+def test_both_sides_of_a_grid_can_be_merged(
+    height: int, width: int, patch_size: int, merge_size: int, fit: str
+) -> None:
+    rule = ImageRule(patch_size=patch_size, merge_size=merge_size, fit=fit, max_aspect=None, max_side=None)
+
+    plan = rule.target_size(height, width)
+
+    assert all(side % merge_size == 0 and side >= merge_size for side in plan.grid)
+    assert plan.canvas == (plan.grid[0] * patch_size, plan.grid[1] * patch_size)
+    assert all(r <= c for r, c in zip(plan.resized, plan.canvas, strict=True))
+
+
+@settings(deadline=None)
+@given(sides, sides, st.integers(784, 300_000), st.integers(0, 400_000), st.sampled_from(["pad", "resize"]))
+def test_no_canvas_is_larger_than_max_pixels(height: int, width: int, least: int, more: int, fit: str) -> None:
+    rule = ImageRule(fit=fit, min_pixels=least, max_pixels=least + more, max_aspect=None, max_side=None)
+
+    plan = rule.target_size(height, width)
+
+    assert plan.canvas[0] * plan.canvas[1] <= least + more
+
+
+@settings(deadline=None)
+@given(sides, sides, st.integers(1, 100_000), st.sampled_from(["pad", "resize"]))
+def test_small_images_are_enlarged_to_min_pixels(height: int, width: int, least: int, fit: str) -> None:
+    rule = ImageRule(fit=fit, min_pixels=least, max_aspect=None, max_side=None)
+
+    plan = rule.target_size(height, width)
+
+    assert plan.canvas[0] * plan.canvas[1] >= least
+
+
+@settings(deadline=None)
+@given(sides, sides)
+def test_padding_keeps_the_aspect_ratio_to_one_pixel(height: int, width: int) -> None:
+    rows, columns = ImageRule(max_aspect=None, max_side=None).target_size(height, width).resized
+
+    assert abs(rows * width - columns * height) <= width + height  # truncation moves each side by less than one pixel
+
+
+@settings(deadline=None)
+@given(st.integers(28, 6000), st.integers(28, 6000))
+def test_resizing_changes_the_aspect_ratio_by_the_rounding_of_its_sides_only(height: int, width: int) -> None:
+    rows, columns = QWEN2.target_size(height, width).resized
+
+    # Each side is off by less than one multiple of 28 from a common scale.
+    low = max((rows - 28) / height, (columns - 28) / width)
+    high = min((rows + 28) / height, (columns + 28) / width)
+    assert low <= high
+
+
+def test_images_are_not_enlarged_by_the_soft_limit() -> None:
+    assert KIMI.target_size(30, 50).resized == (30, 50)
+
+
+def test_the_soft_limit_can_be_exceeded_by_rounding_up_only() -> None:
+    """Buffers must be sized from the grid, not from max_patches: 4356 patches at a limit of 4096."""
+    rows, columns = KIMI.target_size(1024, 1024).grid
+
+    assert rows * columns == 4356
+
+
+def test_a_side_beyond_the_position_table_is_refused() -> None:
+    assert KIMI.target_size(10, 511 * 14 - 14).grid == (2, 510)
+    with pytest.raises(ImageError, match="grid of 2x512 patches; a side may have 511"):
+        KIMI.target_size(10, 511 * 14)
+
+
+def test_the_aspect_limit_includes_its_bound() -> None:
+    ImageRule().target_size(1, 200)
+    with pytest.raises(ImageError, match=r"402x2 pixels .* aspect ratio 201; the limit is 200"):
+        ImageRule().target_size(2, 402)
+
+
+def test_an_image_without_pixels_is_refused() -> None:
+    with pytest.raises(ImageError, match="0x5 pixels"):
+        ImageRule().target_size(5, 0)
+
+
+def test_contradicting_budgets_are_refused() -> None:
+    with pytest.raises(ConfigError, match="max_pixels=783 is below one token of 28x28"):
+        ImageRule(max_pixels=783)
+    with pytest.raises(ConfigError, match="max_pixels=1000 is below min_pixels=2000"):
+        ImageRule(max_pixels=1000, min_pixels=2000)
+    with pytest.raises(ConfigError, match="std"):
+        ImageRule(std=(0.5, 0.0, 0.5))
+
+
+def test_json_round_trip() -> None:
+    rule = QWEN2.replace(mean=(0.1, 0.2, 0.3))
+
+    assert ImageRule.from_dict(rule.to_dict()) == rule
+    assert math.isclose(rule.to_dict()["mean"][2], 0.3)

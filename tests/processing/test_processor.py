@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlkit.errors import (
+    ConfigError,
+    EmptyBatchError,
+    ImageError,
+    PlaceholderMismatchError,
+    SequenceTooLongError,
+    TemplateError,
+)
+from vlkit.processing import CHAT_FORMATS, ImageRule, Processor, ProcessorConfig, pack_images
+
+PROCESSOR = Processor(ProcessorConfig(image=ImageRule(patch_size=4)))
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def question(text: str, *images: Any) -> dict[str, Any]:
+    return {
+        "role": "user",
+        "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}],
+    }
+
+
+ANSWER = {"role": "assistant", "content": "yes"}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 9), (8, 8), (17, 30), (3, 77)])
+def test_placeholders_are_as_many_as_the_projector_gives_tokens(size: tuple[int, int]) -> None:
+    batch = PROCESSOR([question("?", picture(*size), picture(9, 4))])
+
+    assert batch.patches is not None
+    merged = batch.patches.layout.merged(2)
+    assert int((batch.ids.tokens == PROCESSOR.image_token_id).sum()) == merged.num_tokens
+    runs = PROCESSOR.decode(batch.ids.tokens, skip_special=False).split("<|media_start|>")[1:]
+    assert tuple(run.count("<|media_pad|>") for run in runs) == merged.lengths
+
+
+def test_the_patches_are_those_of_the_images_in_order() -> None:
+    first, second = picture(5, 9), picture(8, 3, seed=1)
+
+    batch = PROCESSOR([question("a", first), ANSWER, question("b", second)])
+
+    assert batch.patches is not None
+    assert torch.equal(batch.patches.tokens, pack_images([first, second], PROCESSOR.config.image).tokens)
+
+
+def test_several_conversations_are_packed_as_each_alone() -> None:
+    conversations = [
+        [question("a", picture(5, 9)), ANSWER],
+        [question("bb"), ANSWER],
+        [question("c", picture(9, 3)), ANSWER],
+    ]
+
+    together = PROCESSOR(conversations, labels=True)
+    alone = [PROCESSOR(conversation, labels=True) for conversation in conversations]
+
+    assert together.patches is not None
+    assert together.labels is not None
+    assert together.ids.layout.lengths == tuple(batch.ids.layout.num_tokens for batch in alone)
+    assert torch.equal(together.ids.tokens, torch.cat([batch.ids.tokens for batch in alone]))
+    assert torch.equal(together.labels, torch.cat([batch.labels for batch in alone if batch.labels is not None]))
+    assert torch.equal(together.patches.tokens, torch.cat([b.patches.tokens for b in alone if b.patches is not None]))
+
+
+def test_the_prompt_ends_where_the_answer_begins() -> None:
+    prompt = PROCESSOR([question("a")]).ids.tokens
+    whole = PROCESSOR([question("a"), ANSWER], labels=True)
+
+    assert torch.equal(whole.ids.tokens[: len(prompt)], prompt)
+    assert PROCESSOR.decode(whole.ids.tokens[len(prompt) :]) == "yes"
+    assert whole.labels is not None
+    assert torch.equal(whole.labels[len(prompt) :], whole.ids.tokens[len(prompt) :])
+    assert (whole.labels[: len(prompt)] == -100).all()
+    assert int(whole.ids.tokens[-1]) in PROCESSOR.stop_ids
+
+
+def test_the_answer_can_be_begun() -> None:
+    ids = PROCESSOR([question("a")], answer_prefix="(<|eos|>").ids.tokens
+
+    assert ids.tolist() == [*PROCESSOR([question("a")]).ids.tokens.tolist(), *b"(<|eos|>"]
+    with pytest.raises(TemplateError, match="answer_prefix"):
+        PROCESSOR([question("a"), ANSWER], answer_prefix="(", labels=True)
+
+
+def test_without_generation_prompt_the_question_is_last() -> None:
+    assert PROCESSOR([question("a")], add_generation_prompt=False).ids.tokens.tolist() == [261, 97, 259]
+
+
+def test_images_may_come_beside_the_messages() -> None:
+    first, second = picture(5, 9), picture(8, 3, seed=1)
+    open_slot = {"type": "image"}
+    message = {"role": "user", "content": [open_slot, {"type": "image", "image": second}, open_slot]}
+
+    batch = PROCESSOR([message], [first, first])
+
+    expected = PROCESSOR([question("", first, second, first)])
+    assert torch.equal(batch.ids.tokens, expected.ids.tokens)
+    assert batch.patches is not None
+    assert expected.patches is not None
+    assert torch.equal(batch.patches.tokens, expected.patches.tokens)
+    assert torch.equal(PROCESSOR([[message]] * 2, [[first, first]] * 2).ids.unpack()[1], batch.ids.tokens)
+
+
+@pytest.mark.parametrize(("slots", "given"), [(1, 0), (0, 1), (2, 1), (1, 2)])
+def test_another_number_of_images_than_slots_is_refused(slots: int, given: int) -> None:
+    message = {"role": "user", "content": [{"type": "image"}] * slots}
+
+    with pytest.raises(PlaceholderMismatchError, match=f"{slots} image parts hold no image, {given} images were given"):
+        PROCESSOR([message], [picture(3, 3)] * given)
+
+
+def test_errors_name_the_conversation() -> None:
+    good = [question("a", picture(3, 3))]
+
+    with pytest.raises(ImageError, match=r"conversation 1: image 1: .*NaN"):
+        PROCESSOR([good, [question("a", picture(3, 3), np.full((3, 3), np.nan))]])
+    with pytest.raises(TemplateError, match="conversation 1: message 0: role 'bot'"):
+        PROCESSOR([good, [{"role": "bot", "content": ""}]])
+    with pytest.raises(PlaceholderMismatchError, match="2 conversations, but 1 lists of images"):
+        PROCESSOR([good, good], [[]])
+
+
+def test_empty_input_is_refused() -> None:
+    with pytest.raises(EmptyBatchError, match="no conversations"):
+        PROCESSOR([])
+    with pytest.raises(TemplateError, match="conversation 0: the conversation has no messages"):
+        PROCESSOR([[]])
+    with pytest.raises(TemplateError, match="found str"):
+        PROCESSOR("hi")  # type: ignore[arg-type]
+
+
+def test_an_empty_question_is_a_question() -> None:
+    assert PROCESSOR([{"role": "user", "content": ""}]).ids.tokens.tolist() == [261, 259, 262]
+
+
+def test_labels_need_an_answer() -> None:
+    with pytest.raises(TemplateError, match="nothing to learn"):
+        PROCESSOR([question("a")], labels=True)
+
+
+def test_long_sequences_are_refused_not_cut() -> None:
+    processor = Processor(PROCESSOR.config.replace(max_length=9))
+    longest = question("a", picture(8, 9))  # role, begin, 2 tokens, end, a, close, role: 8
+
+    assert processor([longest]).ids.layout.lengths == (8,)
+    with pytest.raises(SequenceTooLongError, match=r"10 tokens \(2 of them for 1 images\); at most 9"):
+        processor([question("abc", picture(8, 9))])
+
+
+def test_a_format_must_fit_the_tokenizer() -> None:
+    with pytest.raises(ConfigError, match="writes '<|image_pad|>', which is no special token"):
+        Processor(ProcessorConfig(chat=CHAT_FORMATS["chatml"]))
+    with pytest.raises(ConfigError, match="give the tokenizer too"):
+        Processor(ProcessorConfig(tokenizer="files"))
+
+
+def test_a_saved_processor_comes_back(tmp_path: Path) -> None:
+    PROCESSOR.save_pretrained(tmp_path / "new" / "folder")
+
+    again = Processor.from_pretrained(tmp_path / "new" / "folder")
+
+    assert again.config == PROCESSOR.config
+    conversation = [question("a", picture(5, 9))]
+    assert torch.equal(again(conversation).ids.tokens, PROCESSOR(conversation).ids.tokens)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ('{"tokenizer": "bytes"\n "x": 1}', r"processor\.json: not JSON: line 2, column 2"),
+        ("[]", "expected a JSON object, found list"),
+        ('{"tokeniser": "bytes"}', "no field 'tokeniser'; did you mean 'tokenizer'"),
+        ('{"max_length": NaN}', "NaN is not a number of JSON"),
+        ('{"max_length": 1, "max_length": 2}', "'max_length' occurs twice"),
+        ("[" * 100_000, r"processor\.json"),
+        ("\ufeff{}", r"processor\.json"),
+    ],
+)
+def test_a_broken_processor_file_is_refused(content: str, match: str, tmp_path: Path) -> None:
+    (tmp_path / "processor.json").write_text(content, encoding="utf-8")
+
+    with pytest.raises(ConfigError, match=match):
+        Processor.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_a_processor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"processor\.json"):
+        Processor.from_pretrained(tmp_path)
+
+
+def test_importing_costs_no_tokenizer_library() -> None:
+    code = (
+        "import sys, vlkit.processing; print(sorted({'timm', 'tokenizers', 'tiktoken', 'jinja2'} & set(sys.modules)))"
+    )
+
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,15 @@
+"""Images to patches, conversations to ids, both to a Batch."""
+
+from vlkit.processing.chat import CHAT_FORMATS as CHAT_FORMATS
+from vlkit.processing.chat import ChatFormat as ChatFormat
+from vlkit.processing.chat import Turn as Turn
+from vlkit.processing.image import pack_images as pack_images
+from vlkit.processing.image_reading import ReadRule as ReadRule
+from vlkit.processing.image_reading import read_image as read_image
+from vlkit.processing.image_rule import ImageRule as ImageRule
+from vlkit.processing.image_rule import ResizePlan as ResizePlan
+from vlkit.processing.processor import Processor as Processor
+from vlkit.processing.processor import ProcessorConfig as ProcessorConfig
+from vlkit.processing.tokenizer import ByteTokenizer as ByteTokenizer
+from vlkit.processing.tokenizer import Tokenizer as Tokenizer
+from vlkit.processing.tokenizer import load_tokenizer as load_tokenizer
