@@ -17,7 +17,7 @@ from vlkit.version import __version__
 if TYPE_CHECKING:
     from vlkit import generation, hub, layers, llm, models, objectives, optim, processing, projectors, testing, vision
     from vlkit.models import Output, VisionLanguageModel, VLMConfig
-    from vlkit.models.factory import compose, create_model
+    from vlkit.models.factory import compose, create_model, create_processor
     from vlkit.models.pretrained import from_pretrained
     from vlkit.packing import Batch, Layout, Packed
     from vlkit.processing import Processor
@@ -33,6 +33,7 @@ _HOME = {
     "VisionLanguageModel": "vlkit.models",
     "compose": "vlkit.models.factory",
     "create_model": "vlkit.models.factory",
+    "create_processor": "vlkit.models.factory",
     "from_pretrained": "vlkit.models.pretrained",
     "list_components": "vlkit.registry",
     "list_models": "vlkit.registry",

@@ -15,7 +15,7 @@ from vlkit.llm import moonlight
 from vlkit.llm.moonlight import MoonlightConfig
 from vlkit.models.family import Checkpoint, Family, HubFields, ModelSpec
 from vlkit.models.vlm import VLMConfig
-from vlkit.processing import ByteTokenizer, ImageRule, ProcessorConfig
+from vlkit.processing import CHAT_FORMATS, ByteTokenizer, ImageRule, ProcessorConfig
 from vlkit.projectors import pixel_shuffle
 from vlkit.projectors.pixel_shuffle import PixelShuffleConfig
 from vlkit.registry import component, register_family, register_model
@@ -173,8 +173,8 @@ def write_config(config: VLMConfig) -> dict[str, Any]:
 def keys(config: VLMConfig) -> KeyMap:
     """Published names of the whole model."""
     return (
-        moonvit.keys(config.vision).mounted(theirs="vision_tower.", ours="vision.")  # type: ignore[arg-type]
-        + pixel_shuffle.keys(config.projector).mounted(theirs="multi_modal_projector.", ours="projector.")  # type: ignore[arg-type]
+        moonvit.KEYS.mounted(theirs="vision_tower.", ours="vision.")
+        + pixel_shuffle.KEYS.mounted(theirs="multi_modal_projector.", ours="projector.")
         + moonlight.keys(config.llm).mounted(theirs="language_model.", ours="llm.")  # type: ignore[arg-type]
     )
 
@@ -194,7 +194,9 @@ def published(repo_id: str, *, max_patches: int) -> ModelSpec:
     )
     return ModelSpec(
         config=config,
-        processor=ProcessorConfig(image=ImageRule(patch_size=14, merge_size=2, max_patches=max_patches), chat="kimi"),
+        processor=ProcessorConfig(
+            tokenizer="files", chat=CHAT_FORMATS["kimi"], image=ImageRule(patch_size=14, merge_size=2, max_patches=max_patches)
+        ),
         # The figures of the checkpoint less the 26 x 64 selection biases of the routers, which are buffers here.
         num_parameters=16_407_656_048 - 1664,
         num_active_parameters=416_866_032 + 30_679_808 + 2_914_776_192 - 1664,
@@ -220,15 +222,22 @@ def kimi_vl_a3b_thinking_2506() -> ModelSpec:
     return published("moonshotai/Kimi-VL-A3B-Thinking-2506", max_patches=16384)
 
 
-def tiny(llm: str) -> VLMConfig:
-    """Every part of the composition at a size that runs in milliseconds, for the byte tokenizer."""
+@register_model("kimi-vl-tiny")
+def kimi_vl_tiny() -> ModelSpec:
+    """The same composition and layout at a size that runs in milliseconds, over bytes."""
     tower = component("vision", "moonvit-tiny").configs["moonvit-tiny"]
-    decoder = component("llm", llm).configs[llm]
+    decoder = component("llm", "moonlight-tiny").configs["moonlight-tiny"]
     special = ByteTokenizer().special
-    return VLMConfig(
-        vision=tower,
-        projector=PixelShuffleConfig(in_dim=tower.out_dim, out_dim=decoder.dim),  # type: ignore[attr-defined]
-        llm=decoder,
-        image_token_id=special["<|media_pad|>"],
-        stop_ids=(special["<|im_end|>"],),
+    return ModelSpec(
+        config=VLMConfig(
+            vision=tower,
+            projector=PixelShuffleConfig(in_dim=tower.out_dim, out_dim=decoder.dim),  # type: ignore[attr-defined]
+            llm=decoder,
+            image_token_id=special["<|media_pad|>"],
+            stop_ids=(special["<|im_end|>"], special["<|eos|>"]),
+            family="kimi-vl",
+        ),
+        processor=ProcessorConfig(chat=CHAT_FORMATS["kimi"], image=ImageRule(patch_size=tower.patch_size, max_patches=256)),  # type: ignore[attr-defined]
+        num_parameters=85_832,
+        num_active_parameters=78_920,
     )

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vlkit.config import Config, Count, Size
-from vlkit.errors import ConfigError, LayoutError, PlaceholderMismatchError, TokenError
+from vlkit.errors import ConfigError, LayoutError, PlaceholderMismatchError
 from vlkit.layers.cache import Cache
 from vlkit.layers.moe import Routing
 from vlkit.objectives import chunked_cross_entropy, next_token_targets
@@ -113,7 +113,8 @@ class Output:
     @cached_property
     def logits(self) -> Packed:
         """Logits of all tokens; made at the first look, because training needs only the loss."""
-        return self.hidden.with_tokens(self.head(self.hidden.tokens))
+        with torch.set_grad_enabled(self.hidden.tokens.requires_grad):  # as when the forward ran
+            return self.hidden.with_tokens(self.head(self.hidden.tokens))
 
     def unpack(self) -> list[Tensor]:
         """Logits [length, vocab] of each sequence."""
@@ -187,13 +188,6 @@ class VisionLanguageModel(nn.Module):
         recorded: every parameter then has a gradient on every rank, whatever the rank's data.
         """
         ids = batch.ids.tokens
-        if ids.device.type == "cpu" and ids.numel():
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.config.llm.vocab_size:  # type: ignore[attr-defined]
-                raise TokenError(
-                    f"token id {low if low < 0 else high} lies outside the vocabulary of "
-                    f"{self.config.llm.vocab_size}; was the text tokenised for another model?"  # type: ignore[attr-defined]
-                )
         text = self.llm.embed(ids)  # [tokens, dim]
         mask = ids == self.config.image_token_id
         if batch.patches is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,10 +17,13 @@ from vlkit.packing import Batch, Layout, Packed
 from vlkit.testing.batches import random_batch, random_patches
 
 if TYPE_CHECKING:
+    from vlkit.models.family import ModelSpec
     from vlkit.models.vlm import VisionLanguageModel, VLMConfig
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
-SEQUENCES = [(5, [(1, 2)]), (3, []), (1, [(2, 3)]), (7, [(3, 1), (1, 1)]), (1, [])]
+ODD_SIZES = [(1, 1), (27, 29), (300, 200), (480, 640), (13, 190), (897, 897), (1080, 1920), (2160, 3840), (57, 31)]
+Sequences = Sequence[tuple[int, Sequence[tuple[int, int]]]]
+SEQUENCES: Sequences = [(5, [(1, 2)]), (3, []), (1, [(2, 3)]), (7, [(3, 1), (1, 1)]), (1, [])]
 
 
 def relative_difference(ours: Tensor, theirs: Tensor) -> float:
@@ -46,28 +50,19 @@ def config_round_trips(config: VLMConfig) -> None:
     assert type(config).from_dict(json.loads(text)) == config
 
 
-def splits(batch: Batch) -> Iterator[Batch]:
-    """Each sequence of a batch as a batch of its own; needs every image token in its own sequence."""
-    from vlkit.errors import LayoutError
-
+def splits(batch: Batch, sequences: Sequences = SEQUENCES) -> Iterator[Batch]:
+    """Each sequence of a `random_batch` as a batch of its own."""
     images = list(zip(batch.patches.unpack(), batch.patches.layout.grids or (), strict=True)) if batch.patches else []
     labels = batch.labels.split(list(batch.ids.layout.lengths)) if batch.labels is not None else None
     taken = 0
     for item, ids in enumerate(batch.ids.unpack()):
-        mine = _images_of(batch, item)
-        part = images[taken : taken + mine]
-        if len(part) != mine:
-            raise LayoutError(f"sequence {item} has {mine} images, {len(part)} are left")
-        taken += mine
+        part = images[taken : taken + len(sequences[item][1])]
+        taken += len(part)
         yield Batch(
             ids=Packed(ids, Layout((len(ids),))),
             patches=Packed(torch.cat([p for p, _ in part]), Layout.from_grids([g for _, g in part])) if part else None,
             labels=labels[item] if labels is not None else None,
         )
-
-
-def _images_of(batch: Batch, item: int) -> int:
-    return len(SEQUENCES[item][1])
 
 
 def _batch(model: VisionLanguageModel, seed: int = 0) -> Batch:
@@ -127,24 +122,22 @@ def items_are_isolated(model: VisionLanguageModel) -> None:
 @torch.no_grad()
 def cache_equals_full(model: VisionLanguageModel) -> None:
     """Prefill, then one token at a time from the cache: the logits of one forward over everything."""
-    full = _batch(model)
-    want = model(full).unpack()
     steps = 3
-    heads = [part for part in splits(full) if len(part.ids.tokens) > steps]
-    prefill = Batch.concat(
-        [Batch(Packed(p.ids.tokens[:-steps], Layout((len(p.ids.tokens) - steps,))), p.patches) for p in heads]
-    )
-    kept = [item for item, n in enumerate(full.ids.layout.lengths) if n > steps]
+    sequences: Sequences = [(9, [(1, 2)]), (5, []), (4, []), (12, [(3, 1), (1, 1)])]  # at least `steps` of text at the end
+    full = random_batch(model, sequences)
+    want = model(full).unpack()
+    parts = list(splits(full, sequences))
+    prefill = Batch.concat([Batch(Packed(p.ids.tokens[:-steps], Layout((len(p.ids.tokens) - steps,))), p.patches) for p in parts])
     cache = model.llm.new_cache(
-        len(heads), full.ids.layout.max_length, dtype=next(model.parameters()).dtype, device=full.ids.tokens.device
+        len(parts), full.ids.layout.max_length, dtype=next(model.parameters()).dtype, device=full.ids.tokens.device
     )
     tolerance = TOLERANCE[next(model.parameters()).dtype]
-    for item, logits in zip(kept, model(prefill, cache=cache).unpack(), strict=True):
+    for item, logits in enumerate(model(prefill, cache=cache).unpack()):
         _assert_close(logits, want[item][:-steps], tolerance, f"prefill of sequence {item}")
     for step in range(steps, 0, -1):
-        ids = torch.stack([p.ids.tokens[-step] for p in heads])
-        step_batch = Batch(Packed(ids, Layout((1,) * len(heads))))
-        for item, logits in zip(kept, model(step_batch, cache=cache).unpack(), strict=True):
+        ids = torch.stack([p.ids.tokens[-step] for p in parts])
+        step_batch = Batch(Packed(ids, Layout((1,) * len(parts))))
+        for item, logits in enumerate(model(step_batch, cache=cache).unpack()):
             _assert_close(logits[0], want[item][-step], tolerance, f"decoded token {-step} of sequence {item}")
 
 
@@ -243,8 +236,80 @@ def blocks_compile(model: VisionLanguageModel, *, backend: str = "aot_eager") ->
     assert graphs == compiled, f"{graphs} graphs for {compiled} block stacks: something recompiles for another length"
 
 
-def image_tokens(model: VisionLanguageModel, sizes: Sequence[tuple[int, int]]) -> list[int]:
-    """Tokens that the model gives for images with these grids (rows, columns) in patches."""
-    patches = random_patches(list(sizes), model.config.vision.patch_dim, dtype=next(model.parameters()).dtype)  # type: ignore[attr-defined]
+def saves_and_loads_the_same_bits(model: VisionLanguageModel, folder: Path) -> None:
+    """save_pretrained then from_pretrained gives the same config, names, dtypes and bits, and the same logits."""
+    from vlkit.models.pretrained import from_pretrained
+
+    model.save_pretrained(folder / "saved")
+    loaded = from_pretrained(folder / "saved")
+    assert loaded.config == model.config
+    ours, theirs = model.state_dict(), loaded.state_dict()
+    assert list(ours) == list(theirs)
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype, f"{name}: {tensor.dtype} became {theirs[name].dtype}"
+        assert torch.equal(tensor, theirs[name]), f"{name} changed"
     with torch.no_grad():
-        return list(model.encode_images(patches).layout.lengths)
+        batch = _batch(model)
+        assert torch.equal(model(batch).logits.tokens, loaded(batch).logits.tokens)
+
+
+def key_map_is_total_and_injective(model: VisionLanguageModel) -> None:
+    """Every tensor of the model has its published name, and back: same names, shapes, dtypes and bits."""
+    from vlkit.models.pretrained import keys_of
+
+    keys = keys_of(model.config)
+    ours = {name: torch.randn(t.shape).to(t.dtype) for name, t in model.state_dict().items()}
+    theirs = keys.to_theirs(ours)
+    again = keys.to_ours(theirs)
+    assert set(again) == set(ours), f"names differ: {sorted(set(again) ^ set(ours))[:5]}"
+    for name, tensor in ours.items():
+        assert torch.equal(again[name], tensor), f"{name} does not survive the round trip"
+    written = keys.to_theirs(again)
+    assert {k: (v.shape, v.dtype) for k, v in written.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
+
+
+def placeholders_equal_image_tokens(spec: ModelSpec) -> None:
+    """For odd sizes the processor writes as many placeholders as the projector gives tokens, by the layout alone."""
+    rule, merge = spec.processor.image, spec.config.projector.merge_size  # type: ignore[attr-defined]
+    assert rule.patch_size == spec.config.vision.patch_size  # type: ignore[attr-defined]
+    assert rule.merge_size == merge
+    for height, width in ODD_SIZES:
+        grid = rule.target_size(height, width).grid
+        merged = Layout.from_grids([grid]).merged(merge)
+        assert rule.num_tokens(grid) == merged.num_tokens, f"{height}x{width} pixels"
+
+
+def bad_input_is_named(model: VisionLanguageModel) -> None:
+    """Mistakes in a batch raise a VlkitError that names the item and both numbers."""
+    from vlkit.errors import LayoutError, PlaceholderMismatchError, TokenError, VlkitError
+
+    batch = _batch(model)
+    assert batch.patches is not None
+    assert batch.patches.layout.grids is not None
+    tokens, layout = batch.ids.tokens, batch.ids.layout
+    image = model.config.image_token_id
+    one_more, outside = tokens.clone(), tokens.clone()
+    one_more[layout.offsets[1]] = image
+    outside[0] = model.config.llm.vocab_size  # type: ignore[attr-defined]
+    without_first = Packed(
+        batch.patches.tokens[batch.patches.layout.lengths[0] :], Layout.from_grids(batch.patches.layout.grids[1:])
+    )
+    merge = model.config.projector.merge_size  # type: ignore[attr-defined]
+    narrow = random_patches([(merge, merge)], batch.patches.tokens.shape[1] - 1, dtype=batch.patches.tokens.dtype)
+    cases: list[tuple[type[VlkitError], str, Batch]] = [
+        (PlaceholderMismatchError, "no images", Batch(batch.ids)),
+        (PlaceholderMismatchError, "image 0", Batch(batch.ids, without_first)),
+        (PlaceholderMismatchError, "placeholders", Batch(batch.ids.with_tokens(one_more), batch.patches)),
+        (TokenError, str(model.config.llm.vocab_size), Batch(batch.ids.with_tokens(outside), batch.patches)),  # type: ignore[attr-defined]
+        (LayoutError, "patches", Batch(batch.ids, narrow)),
+    ]
+    if merge > 1:
+        odd = random_patches([(merge, merge + 1)], batch.patches.tokens.shape[1], dtype=batch.patches.tokens.dtype)
+        cases.append((LayoutError, "item 0", Batch(batch.ids, odd)))
+    for kind, words, bad in cases:
+        try:
+            model(bad)
+        except kind as error:
+            assert words in str(error), f"{kind.__name__} does not say {words!r}: {error}"
+        else:
+            raise AssertionError(f"no {kind.__name__} for a batch with wrong {words}")

@@ -1,0 +1,170 @@
+"""Models from names: a registered one, or a composition of registered parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlkit.config import Config
+from vlkit.errors import ConfigError
+from vlkit.models.vlm import VisionLanguageModel, VLMConfig
+from vlkit.registry import KINDS, component, component_of, model_spec
+
+if TYPE_CHECKING:
+    from vlkit.models.family import ModelSpec
+    from vlkit.processing import Processor
+
+Part = str | Config | Mapping[str, Any]
+
+
+def create_model(
+    name_or_config: str | VLMConfig,
+    *,
+    pretrained: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **overrides: Any,
+) -> VisionLanguageModel:
+    """Build a registered model, or one from a config.
+
+        create_model("kimi-vl-tiny")
+        create_model("kimi-vl-a3b", device="meta", llm={"num_layers": 4})
+
+    Args:
+        name_or_config: A name of `list_models`, or a VLMConfig.
+        pretrained: Load the published weights from the Hub; otherwise weights are drawn from torch's random state.
+        dtype: Of the weights; None means torch's default, or the checkpoint's own when pretrained.
+        device: None means torch's default device; "meta" allocates nothing.
+        overrides: Fields of VLMConfig. A part is given as a name, a config, or a dictionary of the fields to change; the
+            projector's widths follow the tower and the decoder.
+
+    Raises:
+        UnknownModelError: No such name; the message has the nearest.
+        ConfigError: Parts that do not fit, unknown fields, or pretrained weights that cannot be had.
+    """
+    spec: ModelSpec | None = None
+    if isinstance(name_or_config, str):
+        spec = model_spec(name_or_config)
+        config = spec.config
+    else:
+        config = name_or_config
+    if overrides:
+        config = _override(config, overrides)
+    if not pretrained:
+        return build(config, dtype=dtype, device=device)
+    if overrides or spec is None or spec.checkpoint is None:
+        reason = "changed models have no published weights" if overrides else "no published weights are known"
+        raise ConfigError(f"create_model(pretrained=True): {reason}; use vlkit.from_pretrained(repository or folder)")
+    from vlkit.models.pretrained import from_pretrained
+
+    return from_pretrained(
+        spec.checkpoint.repo_id, revision=spec.checkpoint.revision, dtype=dtype or "auto", device=device or "cpu"
+    )
+
+
+def compose(
+    *,
+    vision: Part,
+    projector: Part = "pixel-shuffle",
+    llm: Part,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **more: Any,
+) -> VisionLanguageModel:
+    """Build a model from a tower, a projector and a decoder.
+
+        compose(vision="moonvit-tiny", projector="pixel-shuffle", llm="qwen3-tiny")
+
+    Args:
+        vision: A name of `list_components("vision")`, or a config.
+        projector: A name, whose widths are fitted to the other two, or a config, which is checked.
+        llm: A name of `list_components("llm")`, or a config.
+        dtype: Of the weights; None means torch's default.
+        device: None means torch's default; "meta" allocates nothing.
+        more: Fields of VLMConfig, such as image_token_id and stop_ids; by default those of the built-in byte tokenizer.
+
+    Raises:
+        UnknownModelError: No such part; the message has the nearest names.
+        ConfigError: Parts that do not fit; the message has both numbers.
+    """
+    from vlkit.processing import ByteTokenizer
+
+    special = ByteTokenizer().special
+    tower, decoder = _part("vision", vision), _part("llm", llm)
+    fields = {"image_token_id": special["<|media_pad|>"], "stop_ids": (special["<|im_end|>"],), **more}
+    config = VLMConfig.from_dict(
+        {"vision": tower, "projector": _fitted(projector, tower, decoder), "llm": decoder, **fields}
+    )
+    return build(config, dtype=dtype, device=device)
+
+
+def create_processor(model: str | VisionLanguageModel) -> Processor:
+    """The processor of a registered model, or one over bytes that fits a composed model.
+
+    Args:
+        model: A name of `list_models`, or a model; what matters of a model is its patch size, merge size and placeholder id.
+
+    Raises:
+        UnknownModelError: No such name.
+        ConfigError: The model's vocabulary comes from files: use Processor.from_pretrained(repository or folder).
+    """
+    from vlkit.processing import ImageRule, Processor, ProcessorConfig
+
+    if isinstance(model, str):
+        return Processor(model_spec(model).processor)
+    config: Any = model.config
+    rule = ImageRule(patch_size=config.vision.patch_size, merge_size=config.projector.merge_size)
+    processor = Processor(ProcessorConfig(image=rule))
+    if processor.image_token_id != config.image_token_id:
+        raise ConfigError(
+            f"the model's image_token_id is {config.image_token_id}, the built-in byte tokenizer's is {processor.image_token_id}; "
+            "give the model the id, or make a Processor with the tokenizer that the model was trained with"
+        )
+    return processor
+
+
+def build(
+    config: VLMConfig, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> VisionLanguageModel:
+    """A model with freshly drawn weights: shapes first, on meta, then memory once, then values."""
+    device = torch.get_default_device() if device is None else torch.device(device)
+    with torch.device("meta"):
+        model = VisionLanguageModel(config)
+    model.to(dtype=dtype or torch.get_default_dtype())
+    if device.type != "meta":
+        model.to_empty(device=device)
+        model.reset_parameters()
+    return model
+
+
+def _part(kind: str, part: Part, current: Config | None = None) -> Config:
+    if isinstance(part, str):
+        return component(kind, part).configs[part]
+    if isinstance(part, Config):
+        component_of(part)  # raises where it is not registered
+        return part
+    if current is None:
+        raise ConfigError(f"{kind}: expected a registered name or a config, found {type(part).__name__}")
+    return current.replace(**part)
+
+
+def _fitted(projector: Part, vision: Config, llm: Config, current: Config | None = None) -> Config:
+    """The projector between two parts: widths that a person did not write follow the neighbours."""
+    if isinstance(projector, Config):
+        return projector
+    widths = {"in_dim": vision.out_dim, "out_dim": llm.dim}  # type: ignore[attr-defined]
+    if isinstance(projector, Mapping):
+        return _part("projector", {**widths, **projector}, current)
+    return _part("projector", projector).replace(**widths)
+
+
+def _override(config: VLMConfig, overrides: dict[str, Any]) -> VLMConfig:
+    fields = dict(overrides)
+    parts = {k: _part(k, fields.pop(k, {}), getattr(config, k)) for k in ("vision", "llm")}
+    parts["projector"] = _fitted(fields.pop("projector", {}), parts["vision"], parts["llm"], config.projector)
+    swapped = any(component_of(parts[k]) is not component_of(getattr(config, k)) for k in KINDS)
+    if swapped:
+        fields.setdefault("family", None)  # the family's Hub layout cannot hold another part
+    return config.replace(**parts, **fields)
