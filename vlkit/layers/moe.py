@@ -59,7 +59,7 @@ class Router(nn.Module):
             balancing sets it, training does not; and it stays fp32 when the module is cast to a narrower type.
         num_groups: Experts are cut into so many equal groups; a group's score is the sum of its two best.
         top_groups: Only experts of so many best groups can be chosen.
-        normalise: Divide the weights of a token by their sum.
+        normalize: Divide the weights of a token by their sum.
         scale: Multiply the weights, after normalising.
 
     Raises:
@@ -80,7 +80,7 @@ class Router(nn.Module):
         selection_bias: bool = False,
         num_groups: int = 1,
         top_groups: int = 1,
-        normalise: bool = True,
+        normalize: bool = True,
         scale: float = 1.0,
     ) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Router(nn.Module):
         self.scoring = scoring
         self.num_groups = num_groups
         self.top_groups = top_groups
-        self.normalise = normalise
+        self.normalize = normalize
         self.scale = scale
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.register_buffer("bias", torch.empty(num_experts, dtype=torch.float32) if selection_bias else None)
@@ -121,8 +121,10 @@ class Router(nn.Module):
                     choice = self._within_best_groups(choice)
                 experts = choice.topk(self.top_k, dim=-1).indices
             weights = scores.gather(-1, experts)
-            if self.normalise:
-                weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # 1e-20: all chosen sigmoids may underflow to 0
+            if self.normalize:
+                weights = weights / (
+                    weights.sum(-1, keepdim=True) + 1e-20
+                )  # 1e-20: all chosen sigmoids may underflow to 0
             return Routing(experts, weights * self.scale if self.scale != 1 else weights, scores)
 
     def _within_best_groups(self, choice: Tensor) -> Tensor:
@@ -145,7 +147,9 @@ def check_routing(num_experts: int, top_k: int, num_groups: int = 1, top_groups:
             "num_groups must divide num_experts and top_groups must lie in 1..num_groups"
         )
     if top_groups < num_groups and num_experts // num_groups < 2:
-        raise ConfigError(f"{num_groups} groups of one expert each: a group is scored by its two best, so it needs two experts")
+        raise ConfigError(
+            f"{num_groups} groups of one expert each: a group is scored by its two best, so it needs two experts"
+        )
     selectable = top_groups * (num_experts // num_groups)
     if not 1 <= top_k <= selectable:
         raise ConfigError(f"top_k={top_k} does not lie in 1..{selectable}, the experts that can be chosen")
@@ -370,7 +374,9 @@ def _matrix_vector(matrix: Tensor, row: Tensor) -> Tensor:
 
 class _ExpertsFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, experts: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, experts: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor
+    ) -> Tensor:
         out, kept = _experts_forward(x, experts, weights, gate, up, down, True)
         ctx.save_for_backward(kept, x, experts, weights, gate, up, down)
         return out

@@ -1,0 +1,128 @@
+"""Dense Qwen3 against transformers' qwen3."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vlkit.llm.qwen3 import Qwen3, Qwen3Config, keys
+from vlkit.packing import Layout, Packed
+
+transformers = pytest.importorskip("transformers")
+
+LENGTHS = (5, 1, 17, 3)
+
+
+def reference(config: Qwen3Config) -> torch.nn.Module:
+    theirs = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.dim,
+            intermediate_size=config.mlp_dim,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_positions,
+            rms_norm_eps=config.norm_eps,
+            tie_word_embeddings=config.tied,
+            rope_theta=config.theta,
+            rope_scaling=None,
+            attention_bias=config.qkv_bias,
+            attn_implementation="eager",
+        )
+    ).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.2 * noise)
+    return theirs
+
+
+def odd_config(**changes: object) -> Qwen3Config:
+    fields = dict(
+        vocab_size=61, dim=28, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=10, mlp_dim=45, max_positions=64
+    )
+    return Qwen3Config(**(fields | changes))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_logits_and_gradients_are_those_of_the_reference_one_by_one(tied: bool) -> None:
+    config = odd_config(tied=tied)
+    theirs = reference(config)
+    ours = Qwen3(config)
+    state = theirs.state_dict()
+    ours.load_state_dict(
+        {**ours.state_dict(), **fitting(ours, keys(config).plan_load(shapes(state), shapes(ours.state_dict())), state)}
+    )
+    ids = torch.randint(config.vocab_size, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
+
+    logits = ours.head(ours(Packed(ours.embed(ids), Layout(LENGTHS))).hidden.tokens)
+    want = torch.cat([theirs(part[None]).logits[0] for part in ids.split(LENGTHS)])
+    assert (logits - want).abs().max() <= 1e-5 * want.abs().max()  # fp32, 3 layers: largest seen 1e-6
+
+    logits.square().sum().backward()
+    want.square().sum().backward()
+    grads = {name: p.grad for name, p in theirs.named_parameters()}
+    names = {
+        step.target: step.sources[0]
+        for step in keys(config).plan_load(shapes(grads), shapes(dict(ours.named_parameters())))
+    }
+    assert set(names) == {name for name, _ in ours.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        grad = grads[names[name]]
+        assert (parameter.grad - grad).abs().max() <= 2e-5 * grad.abs().max(), name
+
+
+def shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def fitting(model: torch.nn.Module, steps: list, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    made = {step.target: step.load(state.__getitem__) for step in steps}
+    assert set(made) == set(model.state_dict())
+    return made
+
+
+def test_key_map_writes_the_published_names() -> None:
+    for tied in (True, False):
+        config = odd_config(tied=tied)
+        published = {name for name in reference(config).state_dict() if not (tied and name == "lm_head.weight")}
+        assert set(keys(config).to_theirs(Qwen3(config).state_dict())) == published
+
+
+def test_decoding_is_the_reference_over_everything() -> None:
+    """Prefill of unequal sequences, then single tokens, against one run of the reference without a cache."""
+    config = odd_config(tied=False)
+    theirs, ours = reference(config).double(), Qwen3(config).double()
+    ours.load_state_dict(keys(config).to_ours(theirs.state_dict()))
+    texts = [torch.randint(61, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 5, 12)]
+    cache = ours.new_cache(3, 4, dtype=torch.float64)  # too small: it has to grow
+
+    with torch.no_grad():
+        want = [theirs(text[None]).logits[0] for text in texts]
+        new = [text[:-3] for text in texts]
+        packed = Packed(ours.embed(torch.cat(new)), Layout(tuple(map(len, new))))
+        logits = ours.head(ours(packed, cache=cache).hidden.tokens).split([len(text) for text in new])
+        for got, expected in zip(logits, want, strict=True):
+            assert (got - expected[:-3]).abs().max() <= 1e-6 * expected.abs().max()
+        for step in (-3, -2, -1):
+            packed = Packed(ours.embed(torch.stack([text[step] for text in texts])), Layout((1, 1, 1)))
+            logits = ours.head(ours(packed, cache=cache).hidden.tokens)
+            for got, expected in zip(logits, want, strict=True):
+                # fp64, the reference's angles are fp32: largest seen 3e-7
+                assert (got - expected[step]).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        ({}, 596_049_920),
+        ({"dim": 2048, "mlp_dim": 6144}, 1_720_574_976),
+        ({"dim": 2560, "num_layers": 36, "num_heads": 32, "mlp_dim": 9728}, 4_022_468_096),
+    ],
+)
+def test_published_sizes_have_the_published_parameter_counts(changes: dict[str, int], count: int) -> None:
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Qwen3(Qwen3Config(**changes)).parameters()) == count

@@ -1,0 +1,126 @@
+"""Multi-head latent attention: keys and values of all heads are made from one short latent vector per token.
+
+    x -> q [tokens, heads, nope + rope]
+    x -> kv_down -> latent c [tokens, kv_rank], k_rope [tokens, rope] (one for all heads) -> kv_norm(c) -> kv_up -> k_nope, v
+    q = [q_nope | rotated q_rope], k = [k_nope | rotated k_rope] -> causal attention -> out
+
+The cache keeps kv_norm(c) and the rotated k_rope only. Decoding never expands them: kv_up is applied to the query and to the
+attended latent instead, which is the same product in another order.
+
+Letters: T tokens, H heads, N nope, R rope, V value, C kv_rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vlkit.layers.attention import Backend, attention
+from vlkit.layers.cache import Cache
+from vlkit.layers.gqa import host_layout
+from vlkit.layers.norm import RMSNorm
+from vlkit.layers.rope import Pairing, Rotary, apply_rotary
+from vlkit.packing import Layout, Segments
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention without a low-rank query, causal, without biases.
+
+    Args:
+        dim: Width of input and output.
+        num_heads: Heads.
+        kv_rank: Width of the latent.
+        nope_dim: Channels per head of q and k that carry no position.
+        rope_dim: Channels per head that are rotated; on the key side shared by all heads.
+        value_dim: Channels per head of v.
+        kv_norm_eps: Epsilon of the latent's norm. Published code never passes one, so it is 1e-6 whatever the other norms use.
+        pairing: Which channels the rotation pairs; published checkpoints interleave.
+
+    Source: DeepSeek-V2, arXiv:2405.04434, section 2.1; the absorbed form is its appendix on inference.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        kv_rank: int,
+        nope_dim: int,
+        rope_dim: int,
+        value_dim: int,
+        kv_norm_eps: float = 1e-6,
+        pairing: Pairing = "interleaved",
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.kv_rank, self.nope_dim, self.rope_dim, self.value_dim = kv_rank, nope_dim, rope_dim, value_dim
+        self.pairing = pairing
+        self.scale = (nope_dim + rope_dim) ** -0.5
+        self.q = nn.Linear(dim, num_heads * (nope_dim + rope_dim), bias=False)
+        self.kv_down = nn.Linear(dim, kv_rank + rope_dim, bias=False)
+        self.kv_norm = RMSNorm(kv_rank, eps=kv_norm_eps)
+        self.kv_up = nn.Linear(kv_rank, num_heads * (nope_dim + value_dim), bias=False)
+        self.out = nn.Linear(num_heads * value_dim, dim, bias=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens dim"],
+        rotary: Rotary,
+        layout: Layout | Segments,
+        cache: Cache | None = None,
+        layer: int = 0,
+        *,
+        backend: Backend = "auto",
+    ) -> Float[Tensor, "tokens dim"]:
+        """Attend to the item's own tokens so far.
+
+        Args:
+            rotary: Of the tokens' positions, rope_dim / 2 pairs.
+            layout: The items; with a cache a Layout, whose items are the sequences of the cache.
+            cache: What came before; the new latents are added to it.
+            layer: Whose rows of the cache to use.
+            backend: See vlkit.layers.attention.
+        """
+        q_nope, q_rope = self.q(x).unflatten(-1, (self.num_heads, -1)).split([self.nope_dim, self.rope_dim], dim=-1)
+        q_rope = apply_rotary(q_rope, rotary, pairing=self.pairing)
+        latent, k_rope = self.kv_down(x).split([self.kv_rank, self.rope_dim], dim=-1)
+        latent = self.kv_norm(latent)
+        k_rope = apply_rotary(k_rope.unsqueeze(1), rotary, pairing=self.pairing)  # [T, 1, R]
+        if cache is not None:
+            layout = host_layout(layout)
+            (stored,) = cache.write(layer, layout, torch.cat([latent, k_rope.squeeze(1)], dim=-1))
+            if any(cache.lengths):
+                lengths = cache.key_lengths(layout)
+                return self.out(self._absorbed(q_nope, q_rope, stored, layout, lengths, backend).flatten(-2))
+        k_nope, v = (
+            self.kv_up(latent).unflatten(-1, (self.num_heads, -1)).split([self.nope_dim, self.value_dim], dim=-1)
+        )
+        q = torch.cat([q_nope, q_rope], dim=-1)
+        k = torch.cat([k_nope, k_rope.expand(-1, self.num_heads, -1)], dim=-1)
+        out = attention(q, k, v, layout=layout, causal=True, scale=self.scale, backend=backend)
+        return self.out(out.flatten(-2))
+
+    def _absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, layout: Layout, lengths: list[int], backend: Backend
+    ) -> Float[Tensor, "tokens heads value_dim"]:
+        """Attention over stored rows [sequences, capacity, C + R]: all heads read one key, the row, and one value, its latent part.
+
+        A new token costs kv_up once and, per stored token and head, C + R + C products instead of N + R + V and an expansion.
+        """
+        up = self.kv_up.weight.unflatten(0, (self.num_heads, -1))  # [H, N + V, C]
+        up_k, up_v = up.split([self.nope_dim, self.value_dim], dim=1)
+        q_latent = torch.bmm(q_nope.transpose(0, 1), up_k).transpose(0, 1)  # [T, H, C]
+        q = torch.cat([q_latent, q_rope], dim=-1)
+        k = stored.unsqueeze(2)  # [sequences, capacity, 1, C + R]
+        out = attention(
+            q,
+            k,
+            k[..., : self.kv_rank],
+            layout=layout,
+            causal=True,
+            scale=self.scale,
+            backend=backend,
+            key_lengths=lengths,
+        )
+        return torch.bmm(out.transpose(0, 1), up_v.transpose(1, 2)).transpose(0, 1)

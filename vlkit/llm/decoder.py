@@ -1,0 +1,229 @@
+"""What all decoders share: embedding, a stack of blocks, norm and head.
+
+    ids [tokens] -> embed -> Packed [tokens, dim] -> blocks(norm1, causal attention, norm2, MLP or MoE) -> norm -> hidden
+    hidden -> head -> logits [tokens, vocab]
+
+A decoder's own file gives its config, its blocks and its published names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vlkit.errors import LayoutError, SequenceTooLongError, TokenError
+from vlkit.layers.attention import Backend
+from vlkit.layers.cache import Cache
+from vlkit.layers.moe import MoE, Routing
+from vlkit.layers.norm import RMSNorm
+from vlkit.layers.rope import Rotary, make_rotary, rotary_angles, rotary_frequencies
+from vlkit.llm.output import DecoderOutput
+from vlkit.packing import Layout, Packed, Segments
+
+
+class DecoderConfig(Protocol):
+    """The fields that every decoder's config has."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def max_positions(self) -> int: ...
+    @property
+    def theta(self) -> float: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def tied(self) -> bool: ...
+
+
+class DecoderBlock(nn.Module):
+    """x + attention(norm1(x)), then x + mlp(norm2(x)).
+
+    Args:
+        attn: `(x, rotary, layout, cache, layer, backend=) -> x`, such as GroupedQueryAttention or LatentAttention.
+        mlp: `x -> x`, or `x -> (x, Routing)`.
+    """
+
+    def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, *, norm_eps: float) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(dim, eps=norm_eps)
+        self.attn = attn
+        self.norm2 = RMSNorm(dim, eps=norm_eps)
+        self.mlp = mlp
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens dim"],
+        rotary: Rotary,
+        layout: Layout | Segments,
+        cache: Cache | None = None,
+        layer: int = 0,
+        *,
+        backend: Backend = "auto",
+    ) -> tuple[Float[Tensor, "tokens dim"], Routing | None]:
+        x = x + self.attn(self.norm1(x), rotary, layout, cache, layer, backend=backend)
+        out = self.mlp(self.norm2(x))
+        out, routing = out if isinstance(self.mlp, MoE) else (out, None)
+        return x + out, routing
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, norm and head. Each decoder is this class with its own blocks and nothing overridden.
+
+    Args:
+        blocks: One per layer, called as DecoderBlock is.
+        rotary_dim: Channels of a head that are rotated.
+        cache_rows: Shape of each row that a layer keeps of a token.
+
+    Attributes:
+        gradient_checkpointing: Recompute each block's activations in the backward instead of keeping them.
+        attention_backend: See vlkit.layers.attention.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        blocks: Iterable[nn.Module],
+        *,
+        rotary_dim: int,
+        cache_rows: tuple[tuple[int, ...], ...],
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.attention_backend: Backend = "auto"
+        self.rotary_dim = rotary_dim
+        self.cache_rows = cache_rows
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.lm_head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw embedding and linear layers from a normal distribution of width 0.02; experts and norms have their own rule."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def embed(self, ids: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens dim"]:
+        """Embeddings of token ids.
+
+        Raises:
+            TokenError: An id outside the vocabulary. Looked for on the CPU only: elsewhere it would wait for the device, whose own
+                look-up fails anyway.
+        """
+        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in ids.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise TokenError(
+                    f"token id {low if low < 0 else high} lies outside the vocabulary of {self.config.vocab_size}; "
+                    "was the text tokenised for another model?"
+                )
+        return self.embedding(ids)
+
+    def forward(
+        self, embeddings: Packed, *, positions: Tensor | None = None, cache: Cache | None = None
+    ) -> DecoderOutput:
+        """Run the blocks over packed sequences.
+
+        Args:
+            embeddings: [tokens, dim], one item per sequence.
+            positions: [tokens]; None counts from 0 in every sequence, or from where the cache ends.
+            cache: What came before; the new tokens are added to it. The items are then the sequences of the cache, in order.
+
+        Raises:
+            SequenceTooLongError: A position beyond max_positions.
+            LayoutError: Positions or items that do not fit.
+        """
+        x, layout = embeddings.tokens, embeddings.layout
+        rotary = self.rotary(self._positions(layout, positions, cache, x.device), x.dtype)
+        if cache is None:
+            x, routing = self.forward_blocks(x, rotary, layout.segments(x.device))
+        else:
+            x, routing = self.forward_blocks(x, rotary, layout, cache)
+            cache.advance(layout)
+        return DecoderOutput(Packed(self.norm(x), layout), routing)
+
+    def forward_blocks(
+        self, x: Float[Tensor, "tokens dim"], rotary: Rotary, layout: Layout | Segments, cache: Cache | None = None
+    ) -> tuple[Float[Tensor, "tokens dim"], tuple[Routing, ...]]:
+        """The block stack; with Segments all that depends on lengths is tensors, so it compiles once for all lengths."""
+        routings = []
+        for layer, block in enumerate(self.blocks):
+            if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
+                made = checkpoint(block, x, rotary, layout, backend=self.attention_backend, use_reentrant=False)
+            else:
+                made = block(x, rotary, layout, cache, layer, backend=self.attention_backend)
+            x, routing = made
+            if routing is not None:
+                routings.append(routing)
+        return x, tuple(routings)
+
+    def head(self, hidden: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens vocab"]:
+        """Logits, in the dtype of the weights."""
+        return F.linear(hidden, self.head_weight) if self.lm_head is None else self.lm_head(hidden)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab dim"]:
+        """The matrix of the head; the embedding's when they are tied."""
+        return self.embedding.weight if self.lm_head is None else self.lm_head.weight
+
+    def new_cache(
+        self, num_sequences: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> Cache:
+        """An empty cache for so many sequences of `capacity` tokens; it grows when they get longer."""
+        return Cache(len(self.blocks), num_sequences, capacity, self.cache_rows, dtype=dtype, device=device)
+
+    def inactive_parameters(self) -> int:
+        """Parameters that one token does not use: the experts that were not chosen."""
+        return sum(module.inactive_parameters() for module in self.modules() if isinstance(module, MoE))
+
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
+        """Cosines and sines of the positions, fp32; fp64 if the model is."""
+        if dtype == torch.float64:
+            even = torch.arange(0, self.rotary_dim, 2, dtype=dtype, device=positions.device)
+            frequencies, positions = self.config.theta ** (-even / self.rotary_dim), positions.to(dtype)
+        else:
+            frequencies = rotary_frequencies(self.rotary_dim, self.config.theta, device=positions.device)
+        return make_rotary(rotary_angles(positions, frequencies))
+
+    def _positions(
+        self, layout: Layout, positions: Tensor | None, cache: Cache | None, device: torch.device
+    ) -> Int[Tensor, " tokens"]:
+        limit = self.config.max_positions
+        ends = layout.lengths if cache is None else cache.key_lengths(layout)
+        if max(ends, default=0) > limit:
+            raise SequenceTooLongError(
+                f"sequence {list(ends).index(max(ends))} has {max(ends)} tokens, the decoder {limit} positions; "
+                "cut the text, use fewer or smaller images, or raise max_positions if the weights were trained for it"
+            )
+        if positions is None:
+            positions = layout.positions(device)
+            if cache is not None and any(cache.lengths):
+                if all(new == 1 for new in layout.lengths):
+                    return torch.tensor(cache.lengths, device=device)
+                starts = torch.tensor(cache.lengths, dtype=positions.dtype, device=device)
+                positions = positions + starts[layout.item_ids(device).long()]
+            return positions
+        if positions.shape != (layout.num_tokens,):
+            raise LayoutError(
+                f"positions have shape {tuple(positions.shape)}; this decoder takes one per token, {layout.num_tokens}"
+            )
+        if positions.device.type == "cpu" and positions.numel() and not 0 <= positions.min() <= positions.max() < limit:
+            raise SequenceTooLongError(
+                f"positions run from {int(positions.min())} to {int(positions.max())}, the decoder has 0 to {limit - 1}"
+            )
+        return positions
