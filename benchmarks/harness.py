@@ -3,8 +3,8 @@
     timings = compare({"vlkit": ours, "transformers": theirs}, repeats=10, warmup=2)
     print_table("forward, 3 images", timings, baseline="transformers")
 
-A benchmark is a plain script: `python benchmarks/NAME.py`. It should also print what the matrix products alone cost, so that a
-ratio to another implementation is not mistaken for a ratio to what the machine can do:
+A benchmark is a plain script: `python benchmarks/NAME.py`. It should also print what the matrix products alone cost, so
+that a ratio to another implementation is not mistaken for a ratio to what the machine can do:
 
     ceiling = matmul_ceiling([(tokens, dim, 3 * dim), (tokens, dim, dim)], torch.float32)     # seconds
     compare({"vlkit": ours, "matrix products": matmul_only([(tokens, dim, 3 * dim)], torch.float32)}, ...)
@@ -29,8 +29,8 @@ class Timings:
 
     Attributes:
         seconds: Wall time of each call.
-        cpu_seconds: CPU time of each call, over all threads of the process. It is the steadier number where other processes
-            want the same cores, and says nothing about a GPU.
+        cpu_seconds: CPU time of each call, over all threads of the process. It is the steadier number where other
+            processes want the same cores, and says nothing about a GPU.
     """
 
     seconds: dict[str, list[float]]
@@ -92,9 +92,7 @@ def compare(
     return Timings(seconds, cpu_seconds)
 
 
-def matmul_only(
-    shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, device: str = "cpu"
-) -> Callable[[], None]:
+def matmul_only(shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, device: str = "cpu") -> Callable[[], None]:
     """A function that does just these (m, k) @ (k, n) products, to be timed beside what contains them."""
     operands = {
         (m, k, n): (torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype))
