@@ -6,7 +6,8 @@
     rename, reshape: one T, one O.      split: one T, several parts.      stack: several T, rows of one O.
 
 A pattern is a whole name with fields in braces: `blocks.{layer}.{kind}`. The fields `layer`, `block` and `expert` are
-decimal integers; any other field is a word of letters, digits and underscores, or one of the choices given for it.
+decimal integers; `path` is any name with its dots; any other field is a word of letters, digits and underscores, or one of the choices
+given for it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ TensorFunction = Callable[[Tensor], Tensor]
 INTEGER_FIELDS = ("layer", "block", "expert")
 _INTEGER = r"0|[1-9][0-9]{0,8}"  # no leading zeros, so that a name has one spelling
 _WORD = r"[A-Za-z0-9_]+"
+_PATH = r"[A-Za-z0-9_.]+"
 _FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -59,7 +61,7 @@ class Pattern:
             if name in self.words:
                 inner = "|".join(re.escape(word) for word in self.words[name])
             else:
-                inner = _INTEGER if name in INTEGER_FIELDS else _WORD
+                inner = _INTEGER if name in INTEGER_FIELDS else _PATH if name == "path" else _WORD
             out += re.escape(self.text[end : found.start()]) + f"(?P<{name}>{inner})"
             end = found.end()
         return re.compile(out + re.escape(self.text[end:]))

@@ -1,0 +1,331 @@
+"""Weights between a folder and a model: planned from names, refused before memory is taken, then streamed.
+
+    resolve(repo_or_folder)                       -> folder                             (repository.py)
+    open_checkpoint(folder)                       -> names, shapes, types; nothing read (checkpoint.py)
+    load_weights(model, checkpoint, keys)         -> LoadReport; the model, built on meta, now has values
+    save_weights(model, folder, keys)             -> the published names, shapes and types, in shards
+    write_folder(target, write)                   -> publishes a whole folder or nothing (atomic.py)
+
+    with torch.device("meta"):
+        model = Model(config)
+    with open_checkpoint(resolve("owner/name")) as checkpoint:
+        load_weights(model, checkpoint, KEYS, dtype=torch.bfloat16, device="cuda")
+
+    def write(folder):
+        (folder / "config.json").write_text(...)
+        save_weights(model, folder, KEYS)
+    write_folder("runs/best", write, replaces=is_weight_file)
+
+Loading holds one copy of the weights: every tensor is copied from the mapped file straight into its place, row by row
+where experts are stacked. Parameters take the type that is asked for; buffers keep the type that the model gives them:
+a router's bias stays in fp32 when the rest is bf16.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlkit.errors import CheckpointError, KeyMismatchError, NonFiniteWeightsError
+from vlkit.hub.atomic import check_space, write_folder
+from vlkit.hub.checkpoint import Checkpoint, is_weight_file, open_checkpoint, write_checkpoint
+from vlkit.hub.keymap import KeyMap, KeyReport, Step, collapse
+from vlkit.hub.repository import resolve
+
+__all__ = [
+    "LoadReport",
+    "check_space",
+    "is_weight_file",
+    "load_weights",
+    "open_checkpoint",
+    "resolve",
+    "save_weights",
+    "write_folder",
+]
+
+logger = logging.getLogger(__name__)
+
+CHECKED_BY_DEFAULT = 10**9  # parameters up to which NaN and infinity are looked for without being asked
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading did beyond copying.
+
+    Attributes:
+        missing: Parameters that no tensor filled and that were drawn anew (only with strict=False).
+        unexpected: Tensors without a parameter (only with strict=False).
+        ignored: Tensors that the key map says to ignore.
+        cast: Published name -> its type in the files, where that is not the type in the model. `save_weights(dtypes=)`
+            takes it to write the published types back.
+    """
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    cast: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+
+def load_weights(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    keys: KeyMap,
+    *,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    device: torch.device | str = "cpu",
+    strict: bool = True,
+    check_finite: bool | None = None,
+    allow_quantized: bool = False,
+) -> LoadReport:
+    """Fill a model from a checkpoint.
+
+    Args:
+        model: Built on the meta device; its parameters are allocated here. Parameters that already have memory are
+            filled in place, and keep their type and device.
+        checkpoint: From `open_checkpoint`.
+        keys: Published names <-> the names of this model.
+        dtype: Of the parameters; "auto" is the type that most of the checkpoint's numbers have.
+        device: Where they are allocated.
+        strict: False tolerates missing and unexpected names, never shapes. Missing parameters are drawn anew by their
+            module's `reset_parameters`, and a warning lists them.
+        check_finite: Look for NaN and infinity; by default in models below 10^9 parameters.
+        allow_quantized: Allow integers and 8-bit floats to be cast to floats, as bare numbers, without scales.
+
+    Returns:
+        What was ignored, cast or missing.
+
+    Raises:
+        KeyMismatchError: Names or shapes that do not fit, all in one report. Nothing was allocated.
+        CheckpointError: Types that do not fit. Nothing was allocated.
+        NonFiniteWeightsError: A tensor holds NaN or infinity.
+    """
+    slots = _slots(model)
+    ours = {name: tuple(slot.tensor.shape) for name, slot in slots.items()}
+    steps, report = keys.compare(checkpoint.shapes, ours)
+    if report.num_problems if strict else report.mismatched or report.ambiguous:
+        raise KeyMismatchError(f"{checkpoint.folder}: {report}")
+    if dtype == "auto":
+        dtype = _usual_dtype(steps, checkpoint)
+    for slot in slots.values():
+        if slot.tensor.is_meta and slot.is_parameter and slot.tensor.dtype.is_floating_point:
+            slot.dtype = dtype
+    cast = _casts(steps, checkpoint, slots, allow_quantized)
+    if check_finite is None:
+        check_finite = sum(slot.tensor.numel() for slot in slots.values()) < CHECKED_BY_DEFAULT
+
+    _allocate_missing(model, slots, report, torch.device(device))
+    # In the order of the files, so that disks read forward and one file is mapped at a time.
+    order = sorted(steps, key=lambda step: _place(checkpoint, step))
+    with torch.no_grad():
+        for step in order:
+            slot = slots[step.target]
+            if slot.tensor.is_meta:
+                slot.fill(torch.empty(slot.tensor.shape, dtype=slot.dtype, device=device))
+            for (row, piece), source in zip(step.pieces(checkpoint.read), step.sources, strict=True):
+                target = slot.tensor if row is None else slot.tensor[row]
+                target.copy_(piece)
+                if check_finite and target.dtype.is_floating_point:
+                    _check_finite(target, piece, source, step.target)
+    checkpoint.close()
+    _report(model, checkpoint, report, cast, slots)
+    return LoadReport(tuple(report.missing), tuple(report.unexpected), tuple(report.ignored), cast)
+
+
+def save_weights(
+    model: nn.Module | Mapping[str, Tensor],
+    folder: Path,
+    keys: KeyMap,
+    *,
+    max_shard_size: int | str = "5GB",
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Write a model's weights under their published names. Made for the folder that `write_folder` hands out.
+
+    Args:
+        model: A model, or its tensors by name.
+        folder: An existing folder without weights.
+        keys: Published names <-> the names of this model.
+        max_shard_size: Bytes of a file, or a text such as "5GB".
+        dtypes: Published name -> type to write it in, such as `LoadReport.cast`; others are written as they are.
+        metadata: Texts for the headers of the files.
+
+    Returns:
+        Names of the written files.
+
+    Raises:
+        KeyMismatchError: A parameter without a published name.
+        CheckpointError: A parameter without values (on meta), or parts of one tensor in different types.
+        DiskFullError: The weights do not fit; nothing was written.
+    """
+    if isinstance(model, nn.Module):
+        state = {name: slot.tensor for name, slot in _slots(model).items()}
+    else:
+        state = dict(model)
+    on_meta = [name for name, tensor in state.items() if tensor.is_meta]
+    if on_meta:
+        raise CheckpointError(f"cannot save parameters without values (on meta): {', '.join(collapse(on_meta)[:10])}")
+    steps = keys.plan_save({name: tensor.shape for name, tensor in state.items()})
+    by_name = {step.target: step for step in steps}
+    wanted: dict[str, torch.dtype] = {}
+    for step in steps:
+        found = {state[source].dtype for source in step.sources}
+        if len(found) > 1:
+            names = ", ".join(f"{source} {state[source].dtype}" for source in step.sources)
+            raise CheckpointError(f"{step.target} is one tensor, but its parts have different types: {names}")
+        wanted[step.target] = (dtypes or {}).get(step.target, found.pop())
+
+    def read(name: str) -> Tensor:
+        with torch.no_grad():
+            return by_name[name].save(state.__getitem__).to(wanted[name])
+
+    tensors = [(step.target, wanted[step.target], step.shape) for step in steps]
+    return write_checkpoint(folder, tensors, read, max_shard_size=max_shard_size, metadata=metadata)
+
+
+class _Slot:
+    """One parameter or persistent buffer, and every place in the model that holds it."""
+
+    def __init__(self, tensor: Tensor, is_parameter: bool) -> None:
+        self.tensor, self.is_parameter = tensor, is_parameter
+        self.dtype = tensor.dtype
+        self.places: list[tuple[nn.Module, str]] = []
+
+    def fill(self, value: Tensor) -> None:
+        """Put a new tensor where the one on meta was."""
+        if self.is_parameter:
+            value = nn.Parameter(value, requires_grad=self.tensor.requires_grad)
+            value.__dict__.update(self.tensor.__dict__)
+        for module, name in self.places:
+            if self.is_parameter:
+                module.register_parameter(name, value)  # type: ignore[arg-type]
+            else:
+                module._buffers[name] = value
+        self.tensor = value
+
+
+def _slots(model: nn.Module) -> dict[str, _Slot]:
+    """Parameters and persistent buffers by name; tied ones once, under their first name."""
+    slots: dict[str, _Slot] = {}
+    by_tensor: dict[int, _Slot] = {}
+    for prefix, module in model.named_modules():
+        for name, tensor, is_parameter in _own_tensors(module):
+            slot = by_tensor.get(id(tensor))
+            if slot is None:
+                slot = by_tensor[id(tensor)] = _Slot(tensor, is_parameter)
+                slots[f"{prefix}.{name}" if prefix else name] = slot
+            slot.places.append((module, name))
+    return slots
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield name, parameter, True
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield name, buffer, False
+
+
+def _place(checkpoint: Checkpoint, step: Step) -> tuple[str, int]:
+    source = step.sources[0]
+    return str(checkpoint.file_of[source]), checkpoint.tensors[source].start
+
+
+def _usual_dtype(steps: list[Step], checkpoint: Checkpoint) -> torch.dtype:
+    """The floating type that most of the checkpoint's numbers have."""
+    counts: Counter[torch.dtype] = Counter()
+    for name in dict.fromkeys(source for step in steps for source in step.sources):
+        info = checkpoint.tensors[name]
+        if info.dtype.is_floating_point and info.dtype.itemsize > 1:
+            counts[info.dtype] += info.num_bytes // info.dtype.itemsize
+    return counts.most_common(1)[0][0] if counts else torch.get_default_dtype()
+
+
+def _casts(
+    steps: list[Step], checkpoint: Checkpoint, slots: Mapping[str, _Slot], allow_quantized: bool
+) -> dict[str, torch.dtype]:
+    """Published name -> its type, where the model has another. Refuses casts that change what the numbers mean."""
+    casts: dict[str, torch.dtype] = {}
+    refused: dict[tuple[torch.dtype, torch.dtype], list[str]] = {}
+    for step in steps:
+        into = slots[step.target].dtype
+        for source in step.sources:
+            stored = checkpoint.tensors[source].dtype
+            if stored == into:
+                continue
+            casts[source] = stored
+            plain = stored.is_floating_point and stored.itemsize > 1
+            if not into.is_floating_point or stored.is_complex or not (plain or allow_quantized):
+                refused.setdefault((stored, into), []).append(source)
+    if refused:
+        lines = [
+            f"  {_name(stored)} into {_name(into)}: {', '.join(collapse(names)[:5])}"
+            for (stored, into), names in refused.items()
+        ]
+        raise CheckpointError(
+            f"{checkpoint.folder}: a cast would change what the numbers mean (quantised weights need their scales):\n"
+            + "\n".join(lines)
+            + "\nload an unquantised checkpoint, or pass allow_quantized=True to take the bare numbers"
+        )
+    return casts
+
+
+def _allocate_missing(model: nn.Module, slots: Mapping[str, _Slot], report: KeyReport, device: torch.device) -> None:
+    """Give the modules that miss parameters fresh ones; what the checkpoint has is filled in afterwards."""
+    owners: dict[int, nn.Module] = {}
+    for name in report.missing:
+        slot = slots[name]
+        if slot.tensor.is_meta:
+            slot.fill(torch.empty(slot.tensor.shape, dtype=slot.dtype, device=device))
+        owners.update((id(module), module) for module, _ in slot.places)
+    paths = {id(module): path for path, module in model.named_modules()}
+    for module in owners.values():
+        reset = getattr(module, "reset_parameters", None)
+        if reset is None:
+            raise CheckpointError(
+                f"{paths[id(module)] or type(module).__name__} misses parameters and has no reset_parameters"
+            )
+        reset()
+
+
+def _check_finite(target: Tensor, piece: Tensor, source: str, name: str) -> None:
+    finite = torch.isfinite(target)
+    if bool(finite.all()):
+        return
+    bad = (~finite).nonzero()
+    overflow = bool(torch.isfinite(piece).all())
+    what = f"overflows {_name(target.dtype)}; load it as bfloat16 or float32" if overflow else "is NaN or infinite"
+    raise NonFiniteWeightsError(
+        f"{source} ({name}): {len(bad)} of {target.numel()} numbers: the first, at {bad[0].tolist()}, {what}; "
+        f"check_finite=False loads it anyway"
+    )
+
+
+def _report(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    report: KeyReport,
+    cast: Mapping[str, torch.dtype],
+    slots: Mapping[str, _Slot],
+) -> None:
+    for stored, count in Counter(cast.values()).items():
+        logger.info("%s: %d tensors were cast from %s", checkpoint.folder, count, _name(stored))
+    if report.missing or report.unexpected:
+        warnings.warn(
+            f"{checkpoint.folder}: loaded in part. {report}\nmissing parameters were drawn anew", stacklevel=3
+        )
+    left = [name for name, slot in slots.items() if slot.tensor.is_meta]
+    assert not left, f"not filled: {left}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

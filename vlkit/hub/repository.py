@@ -1,0 +1,154 @@
+"""Where a checkpoint's files come from: a folder, or a repository of the Hub, pinned to one commit.
+
+    resolve("runs/step-1000")          -> that folder
+    resolve("owner/name")              -> the snapshot of one commit in the Hub's cache; what is missing is downloaded
+    resolve("owner/name", weights=False)   without weights: configs, tokenizer, templates
+
+Only data is fetched: JSON, templates, tokenizer files, safetensors. Never Python files; pickled weights only if asked
+for. The Hub client's settings hold: HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_DISABLE_PROGRESS_BARS. Its
+errors pass through with a hint at the end of their message.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from pathlib import Path
+from typing import NoReturn
+
+from vlkit.errors import CheckpointError
+from vlkit.hub.atomic import check_space
+
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_SUBFOLDERS = "*/*"
+_INDEXES = {"model.safetensors.index.json": False, "pytorch_model.bin.index.json": True}
+
+
+def resolve(
+    repo_or_folder: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    weights: bool = True,
+    allow_pickle: bool = False,
+) -> Path:
+    """The folder that holds the files of a checkpoint.
+
+    Args:
+        repo_or_folder: An existing folder, which is returned as it is, or `owner/name` on the Hub.
+        revision: Branch, tag or commit on the Hub; all files are of the one commit that it means now.
+        cache_dir: Where the Hub client keeps its files; by default $HF_HOME/hub.
+        token: For private and gated repositories; by default what the Hub client knows.
+        local_files_only: Use the cache alone.
+        weights: Also fetch the weights.
+        allow_pickle: Fetch `pytorch_model*.bin` where the repository has no safetensors.
+
+    Raises:
+        CheckpointError: No such folder, and no name of a repository.
+        DiskFullError: The weights do not fit into the cache; nothing of them was downloaded.
+        OSError: What the Hub client raises: no such repository or revision, no access, no connection.
+    """
+    path = Path(repo_or_folder).expanduser()
+    if path.is_dir():
+        return path
+    name = str(repo_or_folder)
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; give the folder that holds it")
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name or not name.strip():
+        raise CheckpointError(f"{name!r}: no such folder, and no repository name of the form 'owner/name'")
+
+    from huggingface_hub import snapshot_download
+
+    def fetch(commit: str | None, patterns: list[str]) -> Path:
+        found = snapshot_download(
+            name,
+            revision=commit,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            allow_patterns=patterns,
+            ignore_patterns=[_SUBFOLDERS, "*.py"],
+        )
+        return Path(found)
+
+    try:
+        folder = fetch(revision, list(SMALL_FILES))
+        if weights:
+            for patterns in _weight_patterns(folder, allow_pickle):
+                if not local_files_only:
+                    _check_download(name, folder, patterns, cache_dir, token)
+                fetch(folder.name, patterns)  # the commit, so that a branch that moves meanwhile changes nothing
+                if any(fnmatch.fnmatch(entry.name, pattern) for pattern in patterns for entry in folder.iterdir()):
+                    break
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as failure:
+        _explain(name, failure)
+    return folder
+
+
+def _weight_patterns(folder: Path, allow_pickle: bool) -> list[list[str]]:
+    """Patterns of the files with weights, best first; the first that the repository has is taken."""
+    from vlkit.hub.checkpoint import shards_of
+
+    choices = []
+    for index, pickled in _INDEXES.items():
+        if pickled and not allow_pickle:
+            continue
+        choices.append(["model.safetensors"] if not pickled else ["pytorch_model.bin"])
+        if (folder / index).exists():
+            choices[-1] = shards_of(folder, index)
+        elif not pickled:
+            choices.append(["*.safetensors"])
+    return choices
+
+
+def _check_download(
+    name: str, folder: Path, patterns: list[str], cache_dir: str | Path | None, token: str | bool | None
+) -> None:
+    """Refuse a download that does not fit, where the Hub says how large it is."""
+    from huggingface_hub import HfApi
+
+    wanted = [pattern for pattern in patterns if not (folder / pattern).exists()]
+    if not wanted:
+        return
+    try:
+        info = HfApi(token=token).model_info(name, revision=folder.name, files_metadata=True)
+    except Exception:  # whatever hinders this question hinders the download too, which has the better message
+        return
+    sizes = {
+        file.rfilename: file.size or 0
+        for file in info.siblings or ()
+        if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in wanted)
+        and not (folder / file.rfilename).exists()
+    }
+    check_space(folder, sum(sizes.values()), f"downloading {len(sizes)} files of {name}")
+
+
+def _explain(name: str, failure: OSError | ValueError) -> NoReturn:
+    """Raise the Hub client's error again, with what to do at the end of its message."""
+    from huggingface_hub import errors
+
+    hint = ""
+    status = getattr(getattr(failure, "response", None), "status_code", None)
+    if isinstance(failure, errors.GatedRepoError) or status == 403:
+        hint = f"Ask for access on the page of {name}, then set HF_TOKEN (or pass token=) to a token of that account."
+    elif isinstance(failure, errors.RevisionNotFoundError):
+        hint = "Check revision=: it is a branch, a tag or a commit of the repository."
+    elif isinstance(failure, errors.RepositoryNotFoundError) or status == 401:
+        hint = f"Check the name {name!r}; if it is private or gated, set HF_TOKEN (or pass token=)."
+    elif isinstance(failure, errors.LocalEntryNotFoundError):
+        offline = os.environ.get("HF_HUB_OFFLINE")
+        hint = (
+            f"HF_HUB_OFFLINE={offline} is set: unset it"
+            if offline
+            else "Set HF_ENDPOINT to a mirror that can be reached"
+        )
+        hint += f" to download {name}, or set HF_HOME (or cache_dir=) to a cache that has it."
+    elif isinstance(failure, errors.HFValidationError):
+        raise CheckpointError(f"{name!r}: no such folder, and no repository name of the form 'owner/name'") from failure
+    if hint:
+        failure.args = (f"{failure}\n{hint}", *failure.args[1:])
+    raise failure
