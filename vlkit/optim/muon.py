@@ -412,8 +412,7 @@ def _batches(blocks: Iterable[_Block]) -> Iterator[list[_Block]]:
         for block in equal:
             if batch and size + block.weight.numel() * 2 > BATCH_BYTES:
                 yield batch
-                batch: list[_Block] = []
-        size = 0
+                batch, size = [], 0
             batch.append(block)
             size += block.weight.numel() * 2
         yield batch
