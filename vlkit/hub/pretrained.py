@@ -92,7 +92,8 @@ def load_weights(
             filled in place, and keep their type and device.
         checkpoint: From `open_checkpoint`.
         keys: Published names <-> the names of this model.
-        dtype: Of the parameters; "auto" is the type that most of the checkpoint's numbers have.
+        dtype: Of the parameters; "auto" is the type that most of the checkpoint's numbers have, with a warning if others
+            lose precision by it.
         device: Where they are allocated.
         strict: False tolerates missing and unexpected names, never shapes. Missing parameters are drawn anew by their
             module's `reset_parameters`, and a warning lists them.
@@ -112,12 +113,20 @@ def load_weights(
     steps, report = keys.compare(checkpoint.shapes, ours)
     if report.num_problems if strict else report.mismatched or report.ambiguous:
         raise KeyMismatchError(f"{checkpoint.folder}: {report}")
+    automatic = dtype == "auto"
     if dtype == "auto":
         dtype = _usual_dtype(steps, checkpoint)
     for slot in slots.values():
         if slot.tensor.is_meta and slot.is_parameter and slot.tensor.dtype.is_floating_point:
             slot.dtype = dtype
     cast = _casts(steps, checkpoint, slots, allow_quantized)
+    narrowed = [name for name, stored in cast.items() if stored.itemsize > dtype.itemsize] if automatic else []
+    if narrowed:
+        warnings.warn(
+            f"{checkpoint.folder}: {', '.join(collapse(narrowed)[:5])} are rounded to {_name(dtype)}, which most weights "
+            f"have; dtype={cast[narrowed[0]]} keeps them",
+            stacklevel=2,
+        )
     if check_finite is None:
         check_finite = sum(slot.tensor.numel() for slot in slots.values()) < CHECKED_BY_DEFAULT
 

@@ -6,8 +6,8 @@
     rename, reshape: one T, one O.      split: one T, several parts.      stack: several T, rows of one O.
 
 A pattern is a whole name with fields in braces: `blocks.{layer}.{kind}`. The fields `layer`, `block` and `expert` are
-decimal integers; `path` is any name with its dots; any other field is a word of letters, digits and underscores, or one of the choices
-given for it.
+decimal integers; `path` is any name with its dots, for parts whose names stay as they are; any other field is a word of
+letters, digits and underscores, or one of the choices given for it.
 """
 
 from __future__ import annotations
