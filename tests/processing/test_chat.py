@@ -25,7 +25,8 @@ def rendered(messages: list[dict[str, Any]], format: ChatFormat, **options: Any)
 def test_kimi_writes_what_its_hub_template_writes() -> None:
     assert rendered(CONVERSATION, CHAT_FORMATS["kimi"], add_generation_prompt=True) == (
         "<|im_system|>system<|im_middle|>You are a helpful assistant<|im_end|>"
-        "<|im_user|>user<|im_middle|><|media_start|>image<|media_content|><|media_pad|><|media_end|>What is it?<|im_end|>"
+        "<|im_user|>user<|im_middle|><|media_start|>image<|media_content|><|media_pad|><|media_end|>"
+        "What is it?<|im_end|>"
         "<|im_assistant|>assistant<|im_middle|>A cat.<|im_end|>"
         "<|im_user|>user<|im_middle|>Sure?<|im_end|>"
         "<|im_assistant|>assistant<|im_middle|>"
@@ -125,11 +126,11 @@ def test_answers_may_hold_the_specials_that_the_format_names() -> None:
 class Words:
     """A tokenizer that shows which texts it is given."""
 
-    special = {"<s>": 0}
     vocab_size = 1000
-    files: dict[str, bytes] = {}
 
     def __init__(self) -> None:
+        self.special = {"<s>": 0}
+        self.files: dict[str, bytes] = {}
         self.texts: list[str] = []
 
     def encode(self, text: str, allow_special: object = False) -> list[int]:

@@ -230,7 +230,7 @@ def test_what_is_no_image_at_all_is_named(source: object) -> None:
 def test_addresses_and_missing_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="is an address; fetch it first"):
         read_image("https://example.org/cat.png")
-    with pytest.raises(ImageError, match="cannot be read.*No such file"):
+    with pytest.raises(ImageError, match=r"cannot be read.*No such file"):
         read_image(tmp_path / "missing.png")
     with pytest.raises(ImageError, match="cannot be read"):
         read_image(tmp_path)

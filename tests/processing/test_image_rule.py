@@ -10,7 +10,7 @@ from vlkit.errors import ConfigError, ImageError
 from vlkit.processing import ImageRule
 
 KIMI = ImageRule(max_aspect=None)
-QWEN2 = ImageRule(fit="resize", max_patches=None, max_side=None, min_pixels=3136, max_pixels=12845056)
+QWEN2 = ImageRule(fit="resize", max_patches=None, max_side=None, max_aspect=None, min_pixels=3136, max_pixels=12845056)
 sides = st.integers(1, 6000)
 
 
@@ -31,7 +31,7 @@ sides = st.integers(1, 6000)
 def test_pad_matches_the_sizes_of_kimi_vl(
     width: int, height: int, resized: tuple[int, int], grid: tuple[int, int], tokens: int, tokens_16384: int
 ) -> None:
-    """Computed from the published processor's formula: whole patches are counted before padding, sides rounded up after."""
+    """Computed by the published formula: whole patches are counted before padding, sides rounded up after."""
     plan = KIMI.target_size(height, width)
     large = KIMI.replace(max_patches=16384)
 

@@ -161,7 +161,7 @@ def test_long_sequences_are_refused_not_cut() -> None:
 
 
 def test_a_format_must_fit_the_tokenizer() -> None:
-    with pytest.raises(ConfigError, match="writes '<|image_pad|>', which is no special token"):
+    with pytest.raises(ConfigError, match=r"writes '<\|image_pad\|>', which is no special token"):
         Processor(ProcessorConfig(chat=CHAT_FORMATS["chatml"]))
     with pytest.raises(ConfigError, match="give the tokenizer too"):
         Processor(ProcessorConfig(tokenizer="files"))

@@ -8,6 +8,7 @@ Only the format itself writes control tokens. Answers may hold the few that the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -82,6 +83,16 @@ class ChatFormat(Config):
     def turn(self, role: str) -> Turn:
         return self.turns[self.roles.index(role)]
 
+    def special_names(self) -> list[str]:
+        """Special tokens that the format writes or awaits; inside longer strings they are known by their "<|...|>"."""
+        texts = (
+            self.image_prefix,
+            self.image_suffix,
+            *(text for turn in self.turns for text in (turn.prefix, turn.suffix)),
+        )
+        written = [name for text in texts for name in re.findall(r"<\|[^|<>]+\|>", text)]
+        return list(dict.fromkeys((self.image_token, *self.stop, *self.answer_tokens, *written)))
+
 
 def _turns(template: str, suffix: str, roles: Sequence[str]) -> tuple[Turn, ...]:
     return tuple(Turn(role=role, prefix=template.format(role=role), suffix=suffix) for role in roles)
@@ -133,9 +144,9 @@ class Text(NamedTuple):
 
 
 class ImageSlot(NamedTuple):
-    """Where the tokens of an image stand; `index` counts the images of the conversation."""
+    """Where the tokens of an image stand; `image` counts the images of the conversation from 0."""
 
-    index: int
+    image: int
 
 
 Piece = Text | ImageSlot
@@ -148,7 +159,7 @@ def check_messages(messages: Sequence[Message], roles: Sequence[str] | None = No
         What the "image" of each image part holds, in order; None where a part has no such key.
 
     Raises:
-        TemplateError: No messages, an unknown role or type, a missing or unknown key; the message says which message and part.
+        TemplateError: No messages, an unknown role or type, a missing or unknown key; with the message and part.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise TemplateError(f"expected a list of messages, found {type(messages).__name__}")
@@ -226,8 +237,8 @@ def encode_pieces(
 ) -> tuple[list[int], list[int]]:
     """Ids, and labels aligned with them.
 
-    Texts are joined before they are tokenised, as if all had been one text: "user\\n" and a question that starts with a line
-    break share a token as on the Hub. Only where an answer begins they are not, because generation begins there too.
+    Texts are joined before they are tokenised, as if all had been one text: a line break that ends a prefix and one
+    that starts a question share a token, as on the Hub. Only where an answer begins they do not: generation begins there.
 
     Args:
         image_token: Id that stands for one visual token.
@@ -259,7 +270,7 @@ def encode_pieces(
             plain, plain_learn = "", learn
         if isinstance(piece, ImageSlot):
             add(tokenizer.encode(plain), learn)
-            add([image_token] * image_tokens[piece.index], learn)
+            add([image_token] * image_tokens[piece.image], learn)
             plain = ""
             continue
         for part in tokenizer.split(piece.text, piece.special):

@@ -1,4 +1,4 @@
-"""read_image: a path, bytes, PIL image, array or tensor becomes an upright RGB image, or an ImageError that says why not.
+"""read_image: a path, bytes, PIL image, array or tensor becomes an upright RGB image, or an ImageError says why not.
 
 file --limits, decode--> PIL --first frame, upright, 16 bit to 8, transparency composited--> RGB, 8 bit per channel
 """
@@ -30,8 +30,8 @@ class ReadRule(Config):
         max_source_pixels: Larger files are refused before they are decoded.
         upright: Whether the EXIF orientation is applied.
         background: What shows through transparent pixels.
-        array_layout: Axis order of 3-D arrays and tensors. "auto" takes the end that has 1, 3 or 4 entries, and refuses when
-            both have.
+        array_layout: Axis order of 3-D arrays and tensors. "auto" takes the end that has 1, 3 or 4 entries, and refuses
+            when both have.
     """
 
     formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -52,7 +52,7 @@ def read_image(source: Any, rule: ReadRule | None = None, *, name: str = "image"
         name: What the errors call it, such as "image 3".
 
     Raises:
-        ImageError: It cannot be read, is not an image of the formats allowed, is too large, is empty, has NaN, infinity or
+        ImageError: It cannot be read, is not of the formats allowed, is too large, is empty, has NaN, infinity or
             values out of range, or its axes are ambiguous.
     """
     rule = rule or ReadRule()
@@ -103,9 +103,10 @@ def _from_pil(image: Image.Image, rule: ReadRule, name: str) -> Image.Image:
     width, height = image.size
     _check_size(height, width, rule, name)
     try:
-        if getattr(image, "n_frames", 1) > 1:
+        num_frames = getattr(image, "n_frames", 1)
+        if num_frames > 1:
             if image.format != "MPO":  # a photograph with a second picture, such as a depth map, behind it
-                warnings.warn(f"{name}: has {image.n_frames} frames; only the first is used", stacklevel=5)
+                warnings.warn(f"{name}: has {num_frames} frames; only the first is used", stacklevel=5)
             image.seek(0)
         image.load()
         if rule.upright:
@@ -161,7 +162,8 @@ def _channels_last(array: np.ndarray, rule: ReadRule, name: str) -> np.ndarray:
     if layout == "auto":
         if first and last:
             raise ImageError(
-                f"{name}: shape {array.shape} can be read as [c, h, w] or as [h, w, c]; set ReadRule.array_layout to 'chw' or 'hwc'"
+                f"{name}: shape {array.shape} can be read as [c, h, w] or as [h, w, c]; "
+                f"set ReadRule.array_layout to 'chw' or 'hwc'"
             )
         if not first and not last:
             raise ImageError(f"{name}: shape {array.shape} has no axis of 1, 3 or 4 channels at either end")

@@ -36,8 +36,8 @@ class ImageRule(Config):
     Attributes:
         patch_size: Side of a square patch, in pixels.
         merge_size: Patches per side of the square that becomes one token; both sides of a grid are multiples of it.
-        fit: How a size becomes a multiple of patch_size * merge_size. "pad" keeps the pixels and adds black on the right and at
-            the bottom (Kimi-VL); "resize" rounds each side and resamples (Qwen2-VL).
+        fit: How a size becomes a multiple of patch_size * merge_size. "pad" keeps the pixels and adds black on the
+            right and at the bottom (Kimi-VL); "resize" rounds each side and resamples (Qwen2-VL).
         max_patches: Images of more whole patches are shrunk to about this many. A soft bound: whole patches are counted
             before padding, so the grid can end up a little larger (4356 for 4096).
         min_pixels: Smaller images are enlarged to at least this canvas, in pixels.
@@ -90,16 +90,16 @@ class ImageRule(Config):
         Raises:
             ImageError: No pixels, an aspect ratio beyond max_aspect, or a side beyond max_side.
 
-        Matches: Kimi-VL's rule ("pad") and Qwen2-VL's smart_resize ("resize") on the tables in tests. Where a thin image
-            makes smart_resize overshoot max_pixels, its long side is cut back here so that the bound holds.
+        Matches: Kimi-VL's rule ("pad") and Qwen2-VL's smart_resize ("resize") on the tables in tests. Where a thin
+            image makes smart_resize overshoot max_pixels, its long side is cut back here so that the bound holds.
         """
         if height < 1 or width < 1:
             raise ImageError(f"an image of {width}x{height} pixels (width x height) has nothing to see")
         aspect = max(height, width) / min(height, width)
         if self.max_aspect is not None and aspect > self.max_aspect:
             raise ImageError(
-                f"an image of {width}x{height} pixels (width x height) has aspect ratio {aspect:.4g}; the limit is "
-                f"{self.max_aspect:.4g}. Crop it, or raise ImageRule.max_aspect"
+                f"an image of {width}x{height} pixels (width x height) has aspect ratio {aspect:.6g}; the limit is "
+                f"{self.max_aspect:.6g}. Crop it, or raise ImageRule.max_aspect"
             )
         height, width = self._soft_limit(height, width)
         canvas = self._rounded(height, width) if self.fit == "resize" else self._padded(height, width)
@@ -114,8 +114,8 @@ class ImageRule(Config):
         grid = bounded[0] // self.patch_size, bounded[1] // self.patch_size
         if self.max_side is not None and max(grid) > self.max_side:
             raise ImageError(
-                f"an image of {width}x{height} pixels (width x height) needs a grid of {grid[0]}x{grid[1]} patches; a side may "
-                f"have {self.max_side}. Crop it, or lower max_patches or max_pixels"
+                f"an image of {width}x{height} pixels (width x height) needs a grid of {grid[0]}x{grid[1]} patches; "
+                f"a side may have {self.max_side}. Crop it, or lower max_patches or max_pixels"
             )
         return ResizePlan(resized, bounded, (0, 0), grid)
 
@@ -130,12 +130,12 @@ class ImageRule(Config):
         return -(-height // self.multiple) * self.multiple, -(-width // self.multiple) * self.multiple
 
     def _rounded(self, height: int, width: int) -> tuple[int, int]:
-        # Python's round: halves go to the even multiple. A side below half a multiple becomes 0 here: below min_pixels it is
-        # then scaled up as a whole, and only without min_pixels it is raised alone.
+        # Python's round: halves go to the even multiple. A side below half a multiple becomes 0 here: with min_pixels
+        # the whole image is then enlarged, and only without it this side alone is raised.
         return round(height / self.multiple) * self.multiple, round(width / self.multiple) * self.multiple
 
     def _within_budget(self, height: int, width: int, canvas: tuple[int, int]) -> tuple[int, int]:
-        """The canvas, shrunk or enlarged in proportion to the image until its area is between min_pixels and max_pixels."""
+        """The canvas, shrunk or enlarged at the image's aspect ratio to between min_pixels and max_pixels."""
         rows, columns = canvas
         side = self.multiple
         if self.max_pixels is not None and rows * columns > self.max_pixels:

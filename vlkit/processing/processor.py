@@ -10,11 +10,10 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 
-from vlkit.config import Config, Size
 from vlkit.errors import (
     ConfigError,
     EmptyBatchError,
@@ -24,32 +23,14 @@ from vlkit.errors import (
     VlkitError,
 )
 from vlkit.packing import Batch, Layout, Packed
-from vlkit.processing.chat import CHAT_FORMATS, ChatFormat, Message, Text, chat_pieces, check_messages, encode_pieces
+from vlkit.processing import hub_files
+from vlkit.processing.chat import Message, Text, chat_pieces, check_messages, encode_pieces
+from vlkit.processing.files import read_json
 from vlkit.processing.image import pack_images
-from vlkit.processing.image_reading import ReadRule
-from vlkit.processing.image_rule import ImageRule
-from vlkit.processing.special_tokens import check_ids
+from vlkit.processing.processor_config import ProcessorConfig
 from vlkit.processing.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 PROCESSOR_FILE = "processor.json"
-
-
-class ProcessorConfig(Config):
-    """All that a processor is, except its vocabulary.
-
-    Attributes:
-        tokenizer: "bytes" is built in; "files" means tiktoken.model, *.tiktoken or tokenizer.json beside the config.
-        chat: How conversations are written.
-        image: Sizes and statistics of images.
-        reading: What is accepted as an image.
-        max_length: Longest sequence in tokens, or None. Longer ones are refused, never cut.
-    """
-
-    tokenizer: Literal["bytes", "files"] = "bytes"
-    chat: ChatFormat = CHAT_FORMATS["plain"]
-    image: ImageRule = ImageRule()
-    reading: ReadRule = ReadRule()
-    max_length: Size | None = None
 
 
 class Processor:
@@ -58,13 +39,21 @@ class Processor:
     Args:
         config: Defaults to vlkit's plain format over bytes.
         tokenizer: Its vocabulary; needed where config.tokenizer is "files".
+        hub_files: Files of a published checkpoint that say the same as config; they are written back unchanged.
 
     Raises:
         ConfigError: No tokenizer, or one without a special token that the chat format writes.
     """
 
-    def __init__(self, config: ProcessorConfig | None = None, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self,
+        config: ProcessorConfig | None = None,
+        tokenizer: Tokenizer | None = None,
+        *,
+        hub_files: Mapping[str, bytes] | None = None,
+    ) -> None:
         self.config = config or ProcessorConfig()
+        self._hub_files = dict(hub_files or {})
         if tokenizer is None:
             if self.config.tokenizer != "bytes":
                 raise ConfigError(
@@ -73,7 +62,7 @@ class Processor:
             tokenizer = ByteTokenizer()
         self.tokenizer = tokenizer
         chat = self.config.chat
-        for name in (chat.image_token, *chat.stop, *chat.answer_tokens):
+        for name in chat.special_names():
             if name not in tokenizer.special:
                 raise ConfigError(
                     f"the chat format writes {name!r}, which is no special token of the tokenizer; it has "
@@ -95,10 +84,11 @@ class Processor:
 
         Args:
             messages: One conversation, [{"role": ..., "content": ...}, ...], or a list of conversations.
-            images: Images of the parts {"type": "image"} that hold none themselves, in order; a list of lists if messages is.
+            images: Images of the parts {"type": "image"} that hold none themselves, in order; for several conversations
+                a list of lists.
             add_generation_prompt: Whether the ids end where the assistant's answer begins. Never with labels.
             answer_prefix: First characters of the answer, given to the model, such as "<think>".
-            labels: Whether answers are to be learned: the ids of every answer and what closes it are labels, all else is -100.
+            labels: Whether answers are to be learned: labels are the ids of answers and of what closes them, else -100.
 
         Raises:
             TemplateError: A malformed conversation, or labels are asked for and there is no answer.
@@ -172,15 +162,16 @@ class Processor:
         self.write_files(folder)
 
     def write_files(self, folder: str | os.PathLike[str]) -> None:
-        """Write the processor's files into a folder that exists."""
-        content = json.dumps(self.config.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        files = {**self.tokenizer.files, PROCESSOR_FILE: content.encode()}
-        for name, content_bytes in files.items():
-            (Path(folder) / name).write_bytes(content_bytes)
+        """Write the files into a folder that exists: those of the checkpoint it came from, or processor.json."""
+        files = {**self.tokenizer.files, **self._hub_files}
+        if not self._hub_files:
+            files[PROCESSOR_FILE] = (json.dumps(self.config.to_dict(), indent=2, ensure_ascii=False) + "\n").encode()
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
-        """The processor of a folder: vlkit's own processor.json, or a checkpoint's Hub files.
+        """The processor of a folder: vlkit's own processor.json, or the files of a published checkpoint.
 
         Raises:
             ConfigError: Neither is there, or a file is malformed.
@@ -188,35 +179,15 @@ class Processor:
         """
         path = Path(folder)
         if (path / PROCESSOR_FILE).is_file():
-            config = ProcessorConfig.from_dict(read_json(path / PROCESSOR_FILE))
+            values = read_json(path / PROCESSOR_FILE)
+            try:
+                config = ProcessorConfig.from_dict(values)
+            except ConfigError as error:
+                raise ConfigError(f"{path / PROCESSOR_FILE}: {error}") from error
             return cls(config, ByteTokenizer() if config.tokenizer == "bytes" else load_tokenizer(path))
-        raise ConfigError(f"{path}: no {PROCESSOR_FILE}")
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        ConfigError: It cannot be read, is not UTF-8 or not JSON; the message names the file and the line.
-    """
-    try:
-        return json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number of JSON")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
-    return values
+        config = hub_files.processor_config(path)
+        kept = {name: (path / name).read_bytes() for name in hub_files.FILES if (path / name).is_file()}
+        return cls(config, load_tokenizer(path), hub_files=kept)
 
 
 def _several(messages: Any) -> bool:
@@ -231,8 +202,8 @@ def _filled(sources: list[Any], images: Sequence[Any] | None) -> list[Any]:
     given = list(images or ())
     if empty != len(given):
         raise PlaceholderMismatchError(
-            f"{empty} image parts hold no image, {len(given)} images were given beside the messages; put each image into its "
-            f"part, {{'type': 'image', 'image': ...}}, or give exactly the missing ones"
+            f"{empty} image parts hold no image, {len(given)} images were given beside the messages; put each image "
+            f"into its part, {{'type': 'image', 'image': ...}}, or give exactly the missing ones"
         )
     rest = iter(given)
     return [next(rest) if source is None else source for source in sources]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import groupby
+from typing import Any
 
-from vlkit.errors import TokenError
+from vlkit.errors import ConfigError, TokenError
 
 
 class SpecialTokens:
@@ -87,6 +88,29 @@ class SpecialTokens:
                 yield from (self.names[id] for id in run)
 
 
+def added_tokens(config: Any, name: str) -> dict[int, dict[str, Any]] | None:
+    """The tokens that a tokenizer_config.json lists under "added_tokens_decoder", by id; None where it lists none.
+
+    Raises:
+        ConfigError: The list is malformed.
+    """
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"{name}: expected a JSON object, found {type(config).__name__}")
+    listed = config.get("added_tokens_decoder")
+    if not listed:
+        return None
+    if not isinstance(listed, Mapping):
+        raise ConfigError(f"{name}: added_tokens_decoder must be an object, found {type(listed).__name__}")
+    added = {}
+    for id, token in listed.items():
+        if not str(id).isdecimal() or not isinstance(token, Mapping) or not isinstance(token.get("content"), str):
+            raise ConfigError(
+                f"{name}: added_tokens_decoder: {id!r}: {token!r} is not an id and a token with 'content'"
+            )
+        added[int(id)] = dict(token)
+    return added
+
+
 def check_text(text: str) -> None:
     """Refuse what is not text.
 
@@ -99,7 +123,8 @@ def check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise TokenError(
-            f"character {error.start} is {text[error.start]!a}, half of a surrogate pair; decode the text with errors='replace'"
+            f"character {error.start} is {text[error.start]!a}, half of a surrogate pair; "
+            f"decode the text with errors='replace'"
         ) from error
 
 
