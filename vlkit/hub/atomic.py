@@ -4,8 +4,8 @@
 
 Whatever goes wrong before the exchange (an exception, a full disk, a killed process, a power cut) leaves the old folder
 as it was. A killed process leaves its hidden folder `.<name>.<random>.partial` behind, which nobody reads and anybody
-may delete. Where a file system cannot exchange two folders in one step (some network drives), the old one is moved aside
-before: for an instant the target then has no name, and its contents lie in `.<name>.<random>.old`.
+may delete. Where a file system cannot exchange two folders in one step (some network drives), the old one is moved
+aside before: for an instant the target then has no name, and its contents lie in `.<name>.<random>.old`.
 """
 
 from __future__ import annotations

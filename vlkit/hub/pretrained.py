@@ -92,8 +92,8 @@ def load_weights(
             filled in place, and keep their type and device.
         checkpoint: From `open_checkpoint`.
         keys: Published names <-> the names of this model.
-        dtype: Of the parameters; "auto" is the type that most of the checkpoint's numbers have, with a warning if others
-            lose precision by it.
+        dtype: Of the parameters; "auto" is the type that most of the checkpoint's numbers have, with a warning if
+            others lose precision by it.
         device: Where they are allocated.
         strict: False tolerates missing and unexpected names, never shapes. Missing parameters are drawn anew by their
             module's `reset_parameters`, and a warning lists them.
@@ -120,11 +120,11 @@ def load_weights(
         if slot.tensor.is_meta and slot.is_parameter and slot.tensor.dtype.is_floating_point:
             slot.dtype = dtype
     cast = _casts(steps, checkpoint, slots, allow_quantized)
-    narrowed = [name for name, stored in cast.items() if stored.itemsize > dtype.itemsize] if automatic else []
+    narrowed = [name for name, stored in cast.items() if automatic and torch.promote_types(stored, dtype) != dtype]
     if narrowed:
         warnings.warn(
-            f"{checkpoint.folder}: {', '.join(collapse(narrowed)[:5])} are rounded to {_name(dtype)}, which most weights "
-            f"have; dtype={cast[narrowed[0]]} keeps them",
+            f"{checkpoint.folder}: {', '.join(collapse(narrowed)[:5])} rounded to {_name(dtype)}, the type of most "
+            f"weights; dtype={cast[narrowed[0]]} keeps them",
             stacklevel=2,
         )
     if check_finite is None:
