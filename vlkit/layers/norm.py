@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's LayerNorm over the last axis, with the epsilon said at every use: published towers differ in it (1e-5, 1e-6)."""
+    """torch's LayerNorm, with the epsilon said at every use: published towers differ in it (1e-5, 1e-6)."""
 
     def __init__(self, dim: int, *, eps: float, bias: bool = True) -> None:
         super().__init__(dim, eps=eps, bias=bias)

@@ -2,8 +2,8 @@
 
     image [channels, height, width] -> patchify -> [patches, channels * P * P] -> PatchEmbed -> [patches, dim]
 
-Patches are in raster order over the whole image; a patch is flattened as (channel, row, column), which is how a convolution kernel of
-size and stride P flattens, so its weight reshaped is the linear layer's.
+Patches are in raster order over the whole image; a patch is flattened as (channel, row, column), which is how a
+convolution kernel of size and stride P flattens, so its weight reshaped is the linear layer's.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def unpatchify(
 
 
 class PatchEmbed(nn.Module):
-    """A linear layer over the flattened patch: the same function as a convolution with kernel and stride P, as one product."""
+    """A linear layer over the flattened patch: the function of a convolution with kernel and stride P."""
 
     def __init__(self, in_channels: int, patch_size: int, dim: int, *, bias: bool = True) -> None:
         super().__init__()

@@ -2,8 +2,9 @@
 
     table [rows, cols, dim] + grids -> taps per side (host) -> one weighted gather for all images -> [tokens, dim]
 
-Resampling is separable: a token's value is a sum over a few table rows times a few table columns (4 x 4 for bicubic, 2 x 2 for
-bilinear, more where antialiasing shrinks). `interpolate_positions_reference` is the plain version, one F.interpolate per image.
+Resampling is separable: a token's value is a sum over a few table rows times a few table columns (4 x 4 for bicubic, 2
+x 2 for bilinear, more where antialiasing shrinks). `interpolate_positions_reference` is the plain version, one
+F.interpolate per image.
 """
 
 from __future__ import annotations
@@ -55,15 +56,15 @@ def interpolate_positions(
 ) -> Float[Tensor, "tokens dim"]:
     """Resample a learned position table to the patch grid of every image.
 
-    An image whose grid equals the table gets the table itself, bit for bit. In half precision the sums are taken in fp32 and rounded
-    once; F.interpolate on a half-precision table differs by up to its rounding.
+    An image whose grid equals the table gets the table itself, bit for bit. In half precision the sums are taken in
+    fp32 and rounded once; F.interpolate on a half-precision table differs by up to its rounding.
 
     Args:
         table: One vector per cell of the training grid.
         layout: Grids are (time, rows, columns) in patches; the table repeats over time.
         mode: "bicubic" or "bilinear".
-        antialias: Widen the kernel where an image has fewer patches than the table. In torch this also changes the bicubic kernel
-            (a = -0.5 instead of -0.75), even where the image has more.
+        antialias: Widen the kernel where an image has fewer patches than the table. In torch this also changes the
+            bicubic kernel (a = -0.5 instead of -0.75), even where the image has more.
         align_corners: The corner cells, not the outer edges, of table and image coincide.
 
     Returns:
@@ -141,8 +142,8 @@ def _taps(
 ) -> tuple[Tensor, Tensor]:
     """Which cells of a table side of `size` make each of `side` places, and with which weights.
 
-    The arithmetic is in the dtype of the table, like torch's: in fp32 a coordinate near 64 is exact to 4e-6 only, so computing it
-    more precisely would move away from what checkpoints were trained with.
+    The arithmetic is in the dtype of the table, like torch's: in fp32 a coordinate near 64 is exact to 4e-6 only, so
+    computing it more precisely would move away from what checkpoints were trained with.
 
     Returns:
         cells int64 [side, taps], weights [side, taps].

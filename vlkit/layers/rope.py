@@ -3,8 +3,8 @@
     angle[token, pair] = position[token, axis(pair)] * frequency(pair)        radians, fp32
     (a, b) -> (a cos - b sin, a sin + b cos)                                  for the two channels (a, b) of every pair
 
-What differs between models is data: which axis a pair follows (`axes`), its frequency, and which two channels make a pair
-(`pairing`: "interleaved" takes 2j and 2j + 1, "half" takes j and j + dim/2).
+What differs between models is data: which axis a pair follows (`axes`), its frequency, and which two channels make a
+pair (`pairing`: "interleaved" takes 2j and 2j + 1, "half" takes j and j + dim/2).
 
 Source: Su et al., arXiv:2104.09864.
 """
@@ -53,7 +53,7 @@ def rotary_frequencies_2d(
 
     With f_i = theta^(-4i / head_dim), i = 0 ... head_dim/4 - 1, and positions as (time, row, column):
     "alternating" (MoonViT): pair 2i follows the column with f_i, pair 2i + 1 the row with f_i.
-    "blocked" (AIMv2, Qwen2-VL): the first half of the pairs follows the row with f_0, f_1, ..., the second half the column.
+    "blocked" (AIMv2, Qwen2-VL): the first half of the pairs follows the row with f_0, f_1, ..., the second the column.
 
     Returns:
         (frequencies [head_dim/2], axes of head_dim/2 entries), as `rotary_angles` takes them.

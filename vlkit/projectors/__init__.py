@@ -1,4 +1,5 @@
-"""Projectors: `Projector(config)(features: Packed) -> Packed`, from a tower's patches to a decoder's tokens, one file each."""
+"""Projectors, `Projector(config)(features: Packed) -> Packed`: a tower's patches to a decoder's tokens, one file
+each."""
 
 from vlkit.projectors.pixel_shuffle import PixelShuffleConfig, PixelShuffleProjector
 

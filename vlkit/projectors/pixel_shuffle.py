@@ -1,6 +1,6 @@
 """Pixel shuffle and a two-layer MLP: every m x m block of patches becomes one token of the decoder.
 
-    [patches, in_dim] -> norm -> blocks side by side [tokens, m * m * in_dim] -> linear -> GELU -> linear -> [tokens, out_dim]
+    [patches, in_dim] -> norm -> blocks [tokens, m * m * in_dim] -> linear -> GELU -> linear -> [tokens, out_dim]
 
 Source: Kimi-VL, arXiv:2504.07491, section 2.1; with norm="none" the connector of AndesVL, arXiv:2510.11496.
 """
@@ -12,14 +12,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlkit.config import Config, Positive, Size
-from vlkit.errors import LayoutError
 from vlkit.hub.keymap import KeyMap, rename
 from vlkit.layers.norm import LayerNorm
-from vlkit.packing import Layout, Packed
+from vlkit.packing import Packed
 from vlkit.registry import register_component
 
 

@@ -90,6 +90,7 @@ class MoonViTBlock(nn.Module):
         self.attn = SelfAttention(config.dim, config.num_heads, pairing="interleaved")
         self.norm2 = LayerNorm(config.dim, eps=config.norm_eps)
         self.mlp = MLP(config.dim, config.mlp_dim, activation="gelu_tanh")
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The MLP starts as the published code starts it: truncated normal of variance 2 / fan-in, no bias."""
@@ -121,15 +122,13 @@ class MoonViT(nn.Module):
         self.positions = PositionTable(*config.position_grid, config.dim)
         self.blocks = nn.ModuleList(MoonViTBlock(config) for _ in range(config.num_layers))
         self.norm = LayerNorm(config.dim, eps=config.norm_eps)
-        for block in self.blocks:
-            block.reset_parameters()
 
     def forward(self, patches: Packed) -> Packed:
         """Features of every patch.
 
         Args:
-            patches: [patches, patch_dim], each flattened as (channel, row, column); the layout has grids. Cast to the dtype of
-                the tower.
+            patches: [patches, patch_dim], each flattened as (channel, row, column); the layout has grids. Cast to the
+                dtype of the tower.
 
         Returns:
             [patches, dim] with the same layout.
@@ -156,7 +155,7 @@ class MoonViT(nn.Module):
         return x
 
     def rotary(self, layout: Layout, *, device: torch.device | str | None = None) -> Rotary | None:
-        """Cosines and sines of all patches: pair 2i follows the column, pair 2i + 1 the row, both with theta^(-4i / head_dim)."""
+        """Cosines and sines of all patches; pairs 2i and 2i + 1 turn by column and row times theta^(-4i / head_dim)."""
         if not self.config.use_rope:
             return None
         frequencies, axes = rotary_frequencies_2d(self.config.head_dim, self.config.theta, arrangement="alternating")
