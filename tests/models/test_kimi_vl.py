@@ -218,7 +218,7 @@ def golden_names() -> list[str]:
 
 
 def golden_state() -> dict[str, torch.Tensor]:
-    hub = kimi_vl.write_config(GOLDEN.replace(stop_ids=(0,)))
+    hub = kimi_vl.write_config(GOLDEN)
     shapes = published_shapes(hub)
     names = golden_names()
     assert len(names) == 72

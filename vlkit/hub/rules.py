@@ -120,11 +120,6 @@ class Rule:
     def num_parts(self) -> int:
         return len(self.parts) or 1
 
-    @property
-    def keeps_tensor(self) -> bool:
-        """Whether one tensor becomes one parameter, unchanged."""
-        return not self.parts and self.over is None and self.to_ours is None
-
     @cached_property
     def _words_back(self) -> dict[str, dict[str, str]]:
         return {field: {ours: theirs for theirs, ours in words.items()} for field, words in self.words.items()}
@@ -183,15 +178,37 @@ class Rule:
             blocks = [self.to_theirs(block) for block in blocks]
         if not self.parts:
             return blocks[0]
+        self._check_blocks([tuple(block.shape) for block in blocks])
         dim = self.dim % blocks[0].ndim
-        lengths = [block.shape[dim] for block in blocks]
-        unit = sum(lengths) // (sum(self.sizes) * self.groups)
-        if lengths != [size * unit * self.groups for size in self.sizes]:
-            raise ValueError(f"parts of {lengths} along axis {dim} are not in the proportions {list(self.sizes)}")
         if self.groups == 1:
             return torch.cat(list(blocks), dim)
         grouped = [block.unflatten(dim, (self.groups, -1)) for block in blocks]
         return torch.cat(grouped, dim + 1).flatten(dim, dim + 1)
+
+    def joined_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """The shape that `join` makes of blocks with these shapes.
+
+        Raises:
+            ValueError: As `join`.
+        """
+        if self.to_theirs is not None:
+            shapes = [tuple(self.to_theirs(torch.empty(shape, device="meta")).shape) for shape in shapes]
+        if not self.parts:
+            return shapes[0]
+        self._check_blocks(shapes)
+        joined = list(shapes[0])
+        joined[self.dim] = sum(shape[self.dim] for shape in shapes)
+        return tuple(joined)
+
+    def _check_blocks(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        dims = len(shapes[0])
+        if not -dims <= self.dim < dims:
+            raise ValueError(f"they have no axis {self.dim} to be joined along")
+        lengths = [shape[self.dim] for shape in shapes]
+        others = {(*shape[: self.dim % dims], *shape[self.dim % dims + 1 :]) for shape in shapes}
+        unit = sum(lengths) // (sum(self.sizes) * self.groups)
+        if len(others) > 1 or lengths != [size * unit * self.groups for size in self.sizes]:
+            raise ValueError(f"along axis {self.dim} they do not have the proportions {list(self.sizes)}")
 
     def _check_axis(self, tensor: Tensor) -> None:
         if not -tensor.ndim <= self.dim < tensor.ndim:
@@ -264,7 +281,9 @@ def split(
         over: Field that only `theirs` has, where the tensor is also one of a stack, as in `stack`.
         **choices: What a field may be.
     """
-    rule = _rule(
+    if set(_FIELD.findall(ours)) <= set(_FIELD.findall(theirs)):
+        raise ValueError(f"split: {ours!r} needs one field that {theirs!r} does not have")
+    return _rule(
         theirs,
         ours,
         choices,
@@ -275,9 +294,6 @@ def split(
         to_ours=to_ours,
         to_theirs=to_theirs,
     )
-    if rule.part is None:
-        raise ValueError(f"split: {ours!r} needs one field that {theirs!r} does not have")
-    return rule
 
 
 def stack(

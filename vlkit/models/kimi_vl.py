@@ -87,13 +87,14 @@ def read_config(hub: Mapping[str, Any]) -> VLMConfig:
     image_token = top.take("media_placeholder_token_id")
     for fields, known in ((top, ("ignore_index", "pad_token_id", "bos_token_id", "use_cache")), (vision, ()), (text, ENTRIES_WITHOUT_EFFECT)):
         fields.warn_of_rest(*known)
-    stops = [END_OF_TURN] if decoder.vocab_size > END_OF_TURN else []
+    # One id in the file means the published vocabulary, whose turns end with <|im_end|>; a list says all of them.
+    stops = tuple(end) if isinstance(end, list) else (END_OF_TURN, end)
     return VLMConfig(
         vision=tower,
         projector=PixelShuffleConfig(in_dim=tower.dim, out_dim=decoder.dim, merge_size=merge_rows),
         llm=decoder,
         image_token_id=image_token,
-        stop_ids=tuple(dict.fromkeys([*stops, *([end] if isinstance(end, int) else end)])),
+        stop_ids=stops,
         family="kimi-vl",
     )
 
@@ -159,7 +160,7 @@ def write_config(config: VLMConfig) -> dict[str, Any]:
             "max_position_embeddings": llm.max_positions,
             "rms_norm_eps": llm.norm_eps,
             "tie_word_embeddings": llm.tied,
-            "eos_token_id": next((s for s in reversed(config.stop_ids)), None),
+            "eos_token_id": END_OF_TEXT if config.stop_ids == (END_OF_TURN, END_OF_TEXT) else list(config.stop_ids),
         },
     }
     if read_config(written) != config:

@@ -133,11 +133,16 @@ class VisionLanguageModel(nn.Module):
 
     Args:
         config: The three parts and the placeholder id.
+
+    Attributes:
+        published_dtypes: Published name -> dtype, of tensors that the checkpoint had in another dtype than the model has, so
+            that saving writes them as they were.
     """
 
     def __init__(self, config: VLMConfig) -> None:
         super().__init__()
         self.config = config
+        self.published_dtypes: dict[str, torch.dtype] = {}
         self.vision = component_of(config.vision).module(config.vision)
         self.projector = component_of(config.projector).module(config.projector)
         self.llm = component_of(config.llm).module(config.llm)

@@ -1,0 +1,180 @@
+"""Whole models from folders and repositories, and back: config, key map and weights in a family's own Hub layout, or in vlkit's.
+
+    repository or folder -> config.json -> family by model_type (or vlkit's own) -> VLMConfig -> model on meta -> weights streamed in
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from vlkit.errors import ConfigError
+from vlkit.hub import pretrained as hub
+from vlkit.hub.keymap import KeyMap, rename
+from vlkit.hub.strict_json import read_json
+from vlkit.models.vlm import VisionLanguageModel, VLMConfig
+from vlkit.registry import families
+from vlkit.version import __version__
+
+if TYPE_CHECKING:
+    from vlkit.models.family import Family
+
+OWN_MODEL_TYPE = "vlkit"
+
+
+def from_pretrained(
+    repo_or_folder: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    device: torch.device | str = "cpu",
+    strict: bool = True,
+    allow_pickle: bool = False,
+) -> VisionLanguageModel:
+    """Load a model: its family by the checkpoint's own model_type, its weights streamed from mapped files.
+
+    Args:
+        repo_or_folder: A folder, or a repository id of the Hub.
+        revision: Branch, tag or commit; all files come from the one commit that it names at the start.
+        cache_dir: Where downloads are kept; None means the Hub client's own place.
+        token: For gated and private repositories; None means the one that is stored.
+        local_files_only: Never ask the Hub.
+        dtype: "auto" keeps the checkpoint's own, tensor by tensor; otherwise a floating dtype that all weights are cast to.
+        device: Where the weights go.
+        strict: Every name and shape must fit; False loads what fits and warns of the rest.
+        allow_pickle: Read `.bin` files if there is nothing else, with torch's weights_only loader.
+
+    Raises:
+        CheckpointError: Files that are missing, broken, unsafe, or do not fit the model.
+        ConfigError: A config.json that is malformed or that this family's code would not follow.
+    """
+    folder = hub.resolve(
+        repo_or_folder,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+        allow_pickle=allow_pickle,
+    )
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = VisionLanguageModel(config)
+    with hub.open_checkpoint(folder, allow_pickle=allow_pickle) as checkpoint:
+        report = hub.load_weights(model, checkpoint, keys_of(config), dtype=dtype, device=device, strict=strict)
+    if dtype == "auto":
+        model.published_dtypes = dict(report.cast)
+    return model.eval()
+
+
+def save_pretrained(
+    model: VisionLanguageModel, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+) -> None:
+    """Write config.json and the weights, whole or not at all, in the layout that `model.config.family` names.
+
+    Other files of an existing folder (tokenizer, notes) stay; its older weights go. What is missing from the Hub layout of a
+    family, such as the vocabulary, is written by `Processor.save_pretrained` into the same folder.
+
+    Args:
+        model: The model.
+        folder: Made if it is not there.
+        max_shard_size: Bytes, or a text such as "5GB"; more go into several files with an index.
+
+    Raises:
+        DiskFullError: Not enough space; the old folder is whole.
+        ConfigError: The family's layout cannot express the model.
+    """
+    written = write_config(model.config)
+    dtype = next(model.parameters()).dtype
+    written.setdefault("torch_dtype", str(dtype).removeprefix("torch."))
+    text = json.dumps(written, indent=2, allow_nan=False) + "\n"
+    keys = keys_of(model.config)
+
+    def write(staging: Path) -> None:
+        (staging / "config.json").write_text(text, encoding="utf-8")
+        hub.save_weights(model, staging, keys, max_shard_size=max_shard_size, dtypes=model.published_dtypes)
+
+    hub.write_folder(Path(folder), write, replaces=hub.is_weight_file)
+
+
+def push_to_hub(
+    model: VisionLanguageModel,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload a vlkit model",
+    max_shard_size: int | str = "5GB",
+) -> str:
+    """Save to a temporary folder and upload it as one commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        huggingface_hub's own errors, for example when no token is stored.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "model"
+        save_pretrained(model, folder, max_shard_size=max_shard_size)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))
+
+
+def read_config(folder: Path) -> VLMConfig:
+    """The config of a checkpoint, whatever layout it is in.
+
+    Raises:
+        ConfigError: No family answers to the model_type; the message lists those that are known.
+    """
+    values = read_json(folder / "config.json")
+    model_type = values.get("model_type")
+    if model_type == OWN_MODEL_TYPE:
+        return _read_own(values, folder / "config.json")
+    for family in families().values():
+        if model_type in family.model_types:
+            return family.read_config(values)
+    known = sorted({t for family in families().values() for t in family.model_types} | {OWN_MODEL_TYPE})
+    raise ConfigError(
+        f"{folder / 'config.json'}: model_type {model_type!r} belongs to no registered family; known are {', '.join(known)}. "
+        "A new one is added with vlkit.registry.register_family"
+    )
+
+
+def write_config(config: VLMConfig) -> dict[str, Any]:
+    """What config.json says of a model, in the layout of its family."""
+    if config.family is None:
+        return {"model_type": OWN_MODEL_TYPE, "vlkit_version": __version__, "model": config.to_dict()}
+    return _family(config).write_config(config)
+
+
+def keys_of(config: VLMConfig) -> KeyMap:
+    """The published names of a model's weights: the family's, or our own names as they are."""
+    return KeyMap(rename("{path}", "{path}")) if config.family is None else _family(config).keys(config)
+
+
+def _family(config: VLMConfig) -> Family:
+    known = families()
+    if config.family not in known:
+        raise ConfigError(f"VLMConfig.family: {config.family!r} is not registered; known are {', '.join(known)}")
+    return known[config.family]
+
+
+def _read_own(values: Mapping[str, Any], path: Path) -> VLMConfig:
+    try:
+        return VLMConfig.from_dict(values["model"])
+    except KeyError:
+        raise ConfigError(f"{path}: missing 'model'; it has {', '.join(sorted(values))}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
