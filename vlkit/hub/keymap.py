@@ -17,7 +17,6 @@ fills, and a shape that differs are errors, all of them in one grouped report.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -332,15 +331,8 @@ def _save_steps(
 ) -> list[Step]:
     """The steps that write one group of parts: one, or one per row of a stack."""
     if rule.over is None:
-        joined = shapes[0] if rule.keeps_tensor else _joined_shape(rule, shapes)
-        return [Step(rule.their_name(fields), sources, joined, rule)]
+        return [Step(rule.their_name(fields), sources, rule.joined_shape(shapes), rule)]
     if not all(shapes) or len({shape[0] for shape in shapes}) != 1:
         raise ValueError("the parts have different numbers of rows")
-    joined = _joined_shape(rule, [shape[1:] for shape in shapes])
+    joined = rule.joined_shape([shape[1:] for shape in shapes])
     return [Step(rule.their_name(fields, row), sources, joined, rule, row=row) for row in range(shapes[0][0])]
-
-
-def _joined_shape(rule: Rule, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    if math.prod(map(len, shapes)) == 0 and rule.parts:
-        raise ValueError("a scalar cannot be a part")
-    return tuple(rule.join([torch.empty(shape, device="meta") for shape in shapes]).shape)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole dotted component
+_FIELD = re.compile(r"\{\w+\}")
 _MAX_LINES = 12
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "base_model.model.", "transformer.")
 
@@ -120,11 +121,11 @@ class KeyReport:
         """One sentence for the usual mistakes, or nothing."""
         if self.mismatched and not self.missing and not self.unexpected:
             return _shape_cause(self.mismatched)
+        expected, found = _shapes_of(self.missing.values()), _shapes_of(self.unexpected)
         for wrapper in _WRAPPERS:
-            expected = set(self.missing.values())
-            if expected and {wrapper + name for name in expected} <= set(self.unexpected):
+            if expected and {wrapper + name for name in expected} <= found:
                 return f"every name begins with {wrapper!r}: it was saved from a wrapped model; save the inner one"
-            if self.unexpected and {wrapper + name for name in self.unexpected} <= expected:
+            if found and {wrapper + name for name in found} <= expected:
                 return f"the names lack {wrapper!r}: the checkpoint is of an inner module; load it into that module"
         if self.num_parameters and len(self.missing) == self.num_parameters:
             return "nothing fits: this is a checkpoint of another family, or of another part of the model"
@@ -135,6 +136,11 @@ class KeyReport:
         if self.unexpected and not self.missing:
             return "the checkpoint has more layers or parts than the config says (adapters, quantised weights, a head?)"
         return ""
+
+
+def _shapes_of(names: Iterable[str]) -> set[str]:
+    """Names without their numbers and fields."""
+    return {_NUMBER.sub("{}", _FIELD.sub("{}", name)) for name in names}
 
 
 def _limited(lines: list[str]) -> list[str]:
