@@ -238,7 +238,10 @@ def kimi_vl_tiny() -> ModelSpec:
             stop_ids=(special["<|im_end|>"], special["<|eos|>"]),
             family="kimi-vl",
         ),
-        processor=ProcessorConfig(chat=CHAT_FORMATS["kimi"], image=ImageRule(patch_size=tower.patch_size, max_patches=256)),  # type: ignore[attr-defined]
+        processor=ProcessorConfig(
+            chat=CHAT_FORMATS["kimi"].replace(stop=("<|im_end|>", "<|eos|>")),
+            image=ImageRule(patch_size=tower.patch_size, max_patches=256),  # type: ignore[attr-defined]
+        ),
         num_parameters=85_832,
         num_active_parameters=78_920,
     )
