@@ -291,7 +291,7 @@ def _backward(
     q, k, v, out, grad = (_widen(x, width) for x in (q, k, v, out, grad))
     grads = tuple(x.new_empty(x.shape) for x in wanted)
     for block in _plan(lengths, q.shape[1] * width):
-        # In half precision the kernel's backward is four times less precise, and slower: up to ten times for small items.
+        # In half precision the kernel's backward is four times less precise, and for small items ten times slower.
         taken = [_take(x, block).to(_wide(x)) for x in (grad, q, k, v, out)]
         mask = None if block.mask is None or causal else block.mask.to(taken[0].dtype)
         if block.mask is not None:

@@ -9,7 +9,6 @@ F.interpolate per image.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Literal
 
@@ -83,7 +82,7 @@ def interpolate_positions(
     row_cells, row_weights = _taps_of_sides([h for _, h, _ in layout.grids], rows, *options)
     col_cells, col_weights = _taps_of_sides([w for _, _, w in layout.grids], cols, *options)
     # Each item has its own run of taps; where it begins is repeated over the item's tokens.
-    lengths = torch.tensor(layout.lengths, dtype=torch.int64)
+    lengths = torch.tensor(layout.lengths, dtype=torch.int64, device="cpu")
     row = position[:, 1] + _starts([h for _, h, _ in layout.grids]).repeat_interleave(lengths)
     col = position[:, 2] + _starts([w for _, _, w in layout.grids]).repeat_interleave(lengths)
     cells = row_cells[row][:, :, None] * cols + col_cells[col][:, None, :]  # [tokens, row taps, column taps]
@@ -107,9 +106,18 @@ def interpolate_positions_reference(
     image = rearrange(table, "rows cols dim -> 1 dim rows cols")
     parts = []
     for time, rows, cols in layout.grids:
-        resized = F.interpolate(image, size=(rows, cols), mode=mode, antialias=antialias, align_corners=align_corners)
+        resized = _resize(image, (rows, cols), mode, antialias, align_corners)
         parts.append(rearrange(resized, "1 dim rows cols -> (rows cols) dim").repeat(time, 1))
     return torch.cat(parts) if parts else table.new_empty(0, table.shape[-1])
+
+
+def _resize(
+    image: Float[Tensor, "1 dim rows cols"], size: tuple[int, int], mode: Mode, antialias: bool, align_corners: bool
+) -> Tensor:
+    if antialias and size[1] == 1 != size[0]:
+        # With antialias, torch (2.14 at least) reads the wrong cells where the result has one column; one row is right.
+        return _resize(image.mT, (1, size[0]), mode, antialias, align_corners).mT
+    return F.interpolate(image, size=size, mode=mode, antialias=antialias, align_corners=align_corners)
 
 
 def _weighted_gather(table: Float[Tensor, "cells dim"], cells: Tensor, weights: Tensor) -> Float[Tensor, "tokens dim"]:
@@ -120,8 +128,8 @@ def _weighted_gather(table: Float[Tensor, "cells dim"], cells: Tensor, weights: 
 
 def _starts(sides: list[int]) -> Tensor:
     """Where each side begins when all are laid end to end."""
-    ends = torch.tensor(sides, dtype=torch.int64).cumsum(0)
-    return ends - torch.tensor(sides, dtype=torch.int64)
+    length = torch.tensor(sides, dtype=torch.int64, device="cpu")
+    return length.cumsum(0) - length
 
 
 def _taps_of_sides(
@@ -130,7 +138,7 @@ def _taps_of_sides(
     """The taps of all items' sides end to end, padded with zero weights to the widest."""
     parts = [_taps(side, size, mode, antialias, align_corners, dtype) for side in sides]
     if not parts:
-        return torch.empty(0, 1, dtype=torch.int64), torch.empty(0, 1, dtype=dtype)
+        return torch.empty(0, 1, dtype=torch.int64, device="cpu"), torch.empty(0, 1, dtype=dtype, device="cpu")
     widest = max(cells.shape[1] for cells, _ in parts)
     cells = torch.cat([F.pad(cells, (0, widest - cells.shape[1])) for cells, _ in parts])
     return cells, torch.cat([F.pad(weights, (0, widest - weights.shape[1])) for _, weights in parts])
@@ -142,45 +150,16 @@ def _taps(
 ) -> tuple[Tensor, Tensor]:
     """Which cells of a table side of `size` make each of `side` places, and with which weights.
 
-    The arithmetic is in the dtype of the table, like torch's: in fp32 a coordinate near 64 is exact to 4e-6 only, so
-    computing it more precisely would move away from what checkpoints were trained with.
+    They are read off torch itself, by resampling an identity matrix: in fp32 a coordinate near 64 is known to 4e-6 only,
+    and torch's own rounding is what checkpoints were trained with.
 
     Returns:
         cells int64 [side, taps], weights [side, taps].
     """
     if mode not in ("bicubic", "bilinear"):
         raise ConfigError(f"mode {mode!r} is neither 'bicubic' nor 'bilinear'")
-    place = torch.arange(side, dtype=dtype)
-    if align_corners:
-        scale = torch.tensor((size - 1) / (side - 1) if side > 1 else 0.0, dtype=dtype)
-    else:
-        scale = torch.tensor(size / side, dtype=dtype)
-    if antialias:
-        reach = (2.0 if mode == "bicubic" else 1.0) * max(float(scale), 1.0)
-        centre = scale * (place + 0.5)
-        first = (centre - reach + 0.5).long().clamp(min=0)
-        end = (centre + reach + 0.5).long().clamp(max=size)
-        cells = first[:, None] + torch.arange(math.ceil(reach) * 2 + 1)
-        distance = (cells + 0.5 - centre[:, None]) / max(float(scale), 1.0)
-        weights = _cubic(distance, -0.5) if mode == "bicubic" else (1 - distance.abs()).clamp(min=0)
-        weights = weights * (cells < end[:, None])
-        return cells.clamp(max=size - 1), weights / weights.sum(1, keepdim=True)
-    at = scale * place if align_corners else scale * (place + 0.5) - 0.5
-    if mode == "bilinear":
-        at = at.clamp(min=0)
-    below = at.floor()
-    offsets = torch.arange(-1, 3) if mode == "bicubic" else torch.arange(2)
-    distance = (at - below)[:, None] - offsets.to(dtype)
-    weights = _cubic(distance, -0.75) if mode == "bicubic" else 1 - distance.abs()
-    return (below.long()[:, None] + offsets).clamp(0, size - 1), weights
-
-
-def _cubic(distance: Tensor, a: float) -> Tensor:
-    """Keys' cubic kernel with slope a at distance 1.
-
-    Source: Keys, "Cubic convolution interpolation for digital image processing", 1981.
-    """
-    x = distance.abs()
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-    return torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+    identity = torch.eye(size, dtype=dtype, device="cpu")[None, None]
+    spread = F.interpolate(identity, size=(size, side), mode=mode, antialias=antialias, align_corners=align_corners)
+    weights = spread[0, 0].T  # [side, size]
+    cells = weights.abs().topk(int((weights != 0).sum(1).max()), dim=1).indices.sort(dim=1).values
+    return cells, weights.gather(1, cells)

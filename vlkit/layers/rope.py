@@ -147,7 +147,7 @@ def apply_rotary(
     cos, sin = cos.to(dtype)[:, None], sin.to(dtype)[:, None]  # [tokens, 1, pairs]
     if pairing == "interleaved":
         if not torch.compiler.is_compiling():  # one pass over memory instead of seven
-            turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
+            turned = torch.view_as_complex(_paired(wide)) * torch.complex(cos, sin)
             return torch.view_as_real(turned).flatten(-2).to(x.dtype)
         a, b = wide.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
@@ -155,3 +155,10 @@ def apply_rotary(
         a, b = wide.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
     raise ConfigError(f"pairing {pairing!r} is neither 'interleaved' nor 'half'")
+
+
+def _paired(x: Tensor) -> Tensor:
+    """[..., dim] as [..., dim/2, 2] that torch can see as complex numbers; copied only where that needs it."""
+    if x.stride(-1) != 1 or x.storage_offset() % 2 or any(stride % 2 for stride in x.stride()[:-1]):
+        x = x.contiguous()
+    return x.unflatten(-1, (-1, 2))
