@@ -142,7 +142,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CorruptCheckpointError(f"{where}: expected dtype, shape and data_offsets in the header")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if code not in _DTYPES:
+    if not isinstance(code, str) or code not in _DTYPES:
         raise CheckpointError(f"{where}: dtype {code!r} is not supported, only {', '.join(_DTYPES)}")
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
         raise CorruptCheckpointError(f"{where}: shape {shape!r} is not a list of sizes")

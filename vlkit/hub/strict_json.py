@@ -21,6 +21,8 @@ _MAX_INT_DIGITS = 20
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]|[^\s{}\[\]:,"]+', re.DOTALL)
 
+_COLON = re.compile(r"\s*:")
+
 
 class _RefusedError(Exception):
     """The parser met something that is refused; `_locate` finds out where."""
@@ -122,8 +124,7 @@ def _position(text: str, offset: int) -> str:
 def _locate(text: str) -> tuple[str, int]:
     """Reason and offset of the first thing in well-formed JSON that is refused. Only runs when there is one."""
     open_brackets: list[set[str] | None] = []
-    tokens = list(_TOKEN.finditer(text))
-    for token, after in zip(tokens, [*tokens[1:], None], strict=True):
+    for token in _TOKEN.finditer(text):
         word = token[0]
         if word in "{[":
             open_brackets.append(set() if word == "{" else None)
@@ -131,13 +132,14 @@ def _locate(text: str) -> tuple[str, int]:
                 return f"nested deeper than {MAX_DEPTH} levels", token.start()
         elif word in "}]":
             open_brackets.pop()
-        elif word.startswith('"') and after is not None and after[0] == ":":
+        elif word.startswith('"'):
             keys = open_brackets[-1] if open_brackets else None
+            if keys is None or not _COLON.match(text, token.end()):
+                continue  # a value
             key = json.loads(word)
-            if keys is not None and key in keys:
+            if key in keys:
                 return f"key {key!r} appears twice in one object", token.start()
-            if keys is not None:
-                keys.add(key)
+            keys.add(key)
         elif word in ("NaN", "Infinity", "-Infinity"):
             return f"{word} is not a JSON number", token.start()
         elif word[0] in "-0123456789":
