@@ -145,8 +145,9 @@ def _part(kind: str, part: Part, current: Config | None = None) -> Config:
     if isinstance(part, Config):
         component_of(part)  # raises where it is not registered
         return part
-    if current is None:
-        raise ConfigError(f"{kind}: expected a registered name or a config, found {type(part).__name__}")
+    if not isinstance(part, Mapping) or current is None:
+        wanted = "a registered name or a config" + (", or a dictionary of fields to change" if current else "")
+        raise ConfigError(f"{kind}: expected {wanted}, found {type(part).__name__}")
     return current.replace(**part)
 
 

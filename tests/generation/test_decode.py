@@ -1,0 +1,73 @@
+"""The decode loop: what it returns, where it stops, and where its positions go on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vlkit
+from vlkit.errors import ConfigError, SequenceTooLongError
+from vlkit.packing import Batch, Layout, Packed
+from vlkit.testing import random_batch
+
+
+@pytest.fixture(scope="module")
+def model() -> vlkit.VisionLanguageModel:
+    torch.manual_seed(0)
+    return vlkit.create_model("moonvit-qwen3-tiny", dtype=torch.float64)
+
+
+def greedy_without_cache(model: vlkit.VisionLanguageModel, batch: Batch, steps: int, start: int = 0) -> list[int]:
+    """The definition: run everything again for every token."""
+    ids = batch.ids.tokens
+    for _ in range(steps):
+        layout = Layout((len(ids),))
+        positions = torch.arange(start, start + len(ids))
+        with torch.no_grad():
+            logits = model(Batch(Packed(ids, layout), batch.patches, positions=positions)).logits.tokens
+        ids = torch.cat([ids, logits[-1:].argmax(-1)])
+    return ids[-steps:].tolist()
+
+
+def test_equals_the_definition(model: vlkit.VisionLanguageModel) -> None:
+    batch = random_batch(model, [(6, [(2, 1)])], labels=False)
+    assert model.generate(batch, max_new_tokens=5, stop=()) == [greedy_without_cache(model, batch, 5)]
+
+
+def test_given_positions_go_on(model: vlkit.VisionLanguageModel) -> None:
+    """Positions that start at 40 continue from there, in the cache too."""
+    batch = random_batch(model, [(6, [(2, 1)])], labels=False)
+    length = batch.ids.layout.num_tokens
+    moved = Batch(batch.ids, batch.patches, positions=torch.arange(40, 40 + length))
+    assert model.generate(moved, max_new_tokens=5, stop=()) == [greedy_without_cache(model, batch, 5, start=40)]
+
+
+def test_stop_id_is_the_last_of_the_answer(model: vlkit.VisionLanguageModel) -> None:
+    batch = random_batch(model, [(4, []), (9, [(1, 1)])], labels=False)
+    free = model.generate(batch, max_new_tokens=8, stop=())
+    stop = free[0][3]
+    cut = model.generate(batch, max_new_tokens=8, stop=[stop])
+    assert cut[0] == free[0][: free[0].index(stop) + 1]
+
+
+def test_the_models_own_stop_ids_are_the_default(model: vlkit.VisionLanguageModel) -> None:
+    batch = random_batch(model, [(4, [])], labels=False)
+    first = model.generate(batch, max_new_tokens=1, stop=())[0][0]
+    changed = vlkit.VisionLanguageModel(model.config.replace(stop_ids=(first,))).double()
+    changed.load_state_dict(model.state_dict())
+    assert changed.generate(batch, max_new_tokens=9) == [[first]]
+
+
+def test_what_cannot_fit_is_refused_before_work(model: vlkit.VisionLanguageModel) -> None:
+    batch = random_batch(model, [(4, [])], labels=False)
+    with pytest.raises(SequenceTooLongError, match="4 tokens and 4093 new ones pass the decoder's 4096 positions"):
+        model.generate(batch, max_new_tokens=4093)
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        model.generate(batch, max_new_tokens=0)
+
+
+def test_generation_leaves_no_gradients_and_no_mode(model: vlkit.VisionLanguageModel) -> None:
+    model.train()
+    model.generate(random_batch(model, [(3, [])], labels=False), max_new_tokens=2)
+    assert model.training
+    assert torch.is_grad_enabled()
