@@ -120,7 +120,7 @@ def load_weights(
         if slot.tensor.is_meta and slot.is_parameter and slot.tensor.dtype.is_floating_point:
             slot.dtype = dtype
     cast = _casts(steps, checkpoint, slots, allow_quantized)
-    narrowed = [name for name, stored in cast.items() if automatic and torch.promote_types(stored, dtype) != dtype]
+    narrowed = [name for name, stored in cast.items() if automatic and _rounds(stored, dtype)]
     if narrowed:
         warnings.warn(
             f"{checkpoint.folder}: {', '.join(collapse(narrowed)[:5])} rounded to {_name(dtype)}, the type of most "
@@ -254,7 +254,7 @@ def _usual_dtype(steps: list[Step], checkpoint: Checkpoint) -> torch.dtype:
     counts: Counter[torch.dtype] = Counter()
     for name in dict.fromkeys(source for step in steps for source in step.sources):
         info = checkpoint.tensors[name]
-        if info.dtype.is_floating_point and info.dtype.itemsize > 1:
+        if _is_plain_float(info.dtype):
             counts[info.dtype] += info.num_bytes // info.dtype.itemsize
     return counts.most_common(1)[0][0] if counts else torch.get_default_dtype()
 
@@ -272,8 +272,7 @@ def _casts(
             if stored == into:
                 continue
             casts[source] = stored
-            plain = stored.is_floating_point and stored.itemsize > 1
-            if not into.is_floating_point or stored.is_complex or not (plain or allow_quantized):
+            if not into.is_floating_point or stored.is_complex or not (_is_plain_float(stored) or allow_quantized):
                 refused.setdefault((stored, into), []).append(source)
     if refused:
         lines = [
@@ -334,6 +333,15 @@ def _report(
         )
     left = [name for name, slot in slots.items() if slot.tensor.is_meta]
     assert not left, f"not filled: {left}"
+
+
+def _rounds(stored: torch.dtype, into: torch.dtype) -> bool:
+    return _is_plain_float(stored) and torch.promote_types(stored, into) != into
+
+
+def _is_plain_float(dtype: torch.dtype) -> bool:
+    """A float whose numbers mean what they say; 8-bit floats need scales."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def _name(dtype: torch.dtype) -> str:
