@@ -16,16 +16,13 @@ from tests.hub.files import assert_same_bits, write_file, write_folder_of
 from vlkit.errors import CheckpointError, ConfigError, CorruptCheckpointError, UnsafePathError
 from vlkit.hub import checkpoint as module
 from vlkit.hub.checkpoint import (
-    INDEX,
-    MANIFEST,
-    WEIGHTS,
-    is_weight_file,
     open_checkpoint,
     parse_size,
     verify_manifest,
     write_checkpoint,
     write_manifest,
 )
+from vlkit.hub.index import INDEX, MANIFEST, WEIGHTS, is_weight_file
 
 STATE = {f"blocks.{i}.weight": torch.randn(3, 5).bfloat16() * (i + 1) for i in range(7)} | {"norm": torch.randn(5)}
 SHARD = "30B"  # one tensor of STATE, so eight files

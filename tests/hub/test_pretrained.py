@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.hub.files import assert_same_bits, write_folder_of
 from vlkit.errors import CheckpointError, DiskFullError, KeyMismatchError, NonFiniteWeightsError
 from vlkit.hub import atomic, pretrained
-from vlkit.hub.checkpoint import Checkpoint, is_weight_file, open_checkpoint
+from vlkit.hub.checkpoint import Checkpoint, open_checkpoint
+from vlkit.hub.index import is_weight_file
 from vlkit.hub.keymap import KeyMap, drop, rename, reshape, split, stack
 from vlkit.hub.pretrained import LoadReport, load_weights, save_weights, write_folder
 

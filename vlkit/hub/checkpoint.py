@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vlkit.errors import CheckpointError, ConfigError, CorruptCheckpointError
 from vlkit.hub.atomic import check_space
+from vlkit.hub.index import INDEX, MANIFEST, WEIGHTS, read_index, weight_files
 from vlkit.hub.report import collapse
 from vlkit.hub.safe_files import check_name, safe_file
 from vlkit.hub.safetensors_file import (
@@ -36,13 +37,6 @@ from vlkit.hub.safetensors_file import (
     write_safetensors,
 )
 from vlkit.hub.strangers import stranger
-from vlkit.hub.strict_json import read_json
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLE = "pytorch_model.bin"
-PICKLE_INDEX = "pytorch_model.bin.index.json"
-MANIFEST = "SHA256SUMS"
 
 _UNITS = {
     "B": 1,
@@ -130,7 +124,7 @@ def open_checkpoint(
     folder = Path(folder)
     names = weight_files(folder, allow_pickle=allow_pickle)
     index = names.pop(0) if names[0].endswith(".json") else None
-    weight_map = _read_index(folder, index) if index is not None else None
+    weight_map = read_index(folder, index) if index is not None else None
     files = {name: safe_file(folder, name) for name in names}
     if names[0].endswith(".safetensors"):
         headers = {
@@ -149,65 +143,6 @@ def open_checkpoint(
     tensors = {name: info for infos in contents.values() for name, info in infos.items()}
     file_of = {name: files[file] for file, infos in contents.items() for name in infos}
     return Checkpoint(folder, tensors, file_of, opener)
-
-
-def weight_files(folder: Path, *, allow_pickle: bool = False) -> list[str]:
-    """Names of the files that hold the weights; the index is the first where there is one.
-
-    Args:
-        folder: A checkpoint folder.
-        allow_pickle: Also consider `pytorch_model.bin`.
-
-    Raises:
-        CheckpointError: No weights; or files that the index names are missing: all of them are listed.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    present = {path.name for path in folder.iterdir()}
-    pickled = sorted(present & {PICKLE, PICKLE_INDEX})
-    for single, index in [(WEIGHTS, INDEX)] + ([(PICKLE, PICKLE_INDEX)] if allow_pickle else []):
-        if single in present:
-            return [single]
-        if index in present:
-            shards = shards_of(folder, index)
-            missing = [name for name in shards if name not in present]
-            if missing:
-                raise CheckpointError(
-                    f"{folder}: {len(missing)} of {len(shards)} files that {index} names are missing: "
-                    f"{', '.join(missing)}; download them again"
-                )
-            return [index, *shards]
-    others = sorted(name for name in present if name.endswith(".safetensors"))
-    if len(others) == 1:
-        return others
-    if others:
-        raise CheckpointError(f"{folder}: no {INDEX} says how {', '.join(others)} belong together")
-    if pickled:
-        raise CheckpointError(
-            f"{folder}: the weights are pickled ({', '.join(pickled)}), and a pickle can hold more than tensors; "
-            f"convert them to safetensors, or allow them by allow_pickle=True (loaded with weights_only)"
-        )
-    raise CheckpointError(
-        f"{folder}: no weights: neither {WEIGHTS} nor {INDEX}; it has {', '.join(sorted(present)[:20]) or 'no files'}. "
-        f"Where a repository has only pickled weights ({PICKLE}), allow_pickle=True fetches and loads them"
-    )
-
-
-def shards_of(folder: Path, index: str) -> list[str]:
-    """Names of the files that an index lists, in its order, whether they are there or not."""
-    return list(dict.fromkeys(_read_index(folder, index).values()))
-
-
-def _read_index(folder: Path, index: str) -> dict[str, str]:
-    path = safe_file(folder, index)
-    weight_map = read_json(path, error=CorruptCheckpointError).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptCheckpointError(f"{folder / index}: expected a weight_map of tensor names to file names")
-    suffix = ".safetensors" if index == INDEX else ".bin"
-    return {
-        tensor: check_name(file, f"{folder / index}: tensor {tensor!r}", suffixes=(suffix,))
-        for tensor, file in weight_map.items()
-    }
 
 
 def _check_index(index: Path, weight_map: Mapping[str, str], contents: Mapping[str, Mapping[str, TensorInfo]]) -> None:
@@ -324,11 +259,6 @@ def parse_size(size: int | str) -> int:
     if not isinstance(num_bytes, int) or num_bytes < 1:
         raise ConfigError(f"max_shard_size: {size!r} is not a size such as '5GB', '500MiB' or a number of bytes")
     return num_bytes
-
-
-def is_weight_file(name: str) -> bool:
-    """Whether a name in a folder belongs to the weights of a save, which the next save replaces."""
-    return bool(re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name)) or name in (INDEX, MANIFEST)
 
 
 def write_manifest(folder: Path) -> None:

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 
 from vlkit.errors import CheckpointError, KeyMismatchError, NonFiniteWeightsError
 from vlkit.hub.atomic import check_space, write_folder
-from vlkit.hub.checkpoint import Checkpoint, is_weight_file, open_checkpoint, write_checkpoint
+from vlkit.hub.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
+from vlkit.hub.index import is_weight_file
 from vlkit.hub.keymap import KeyMap, KeyReport, Step, collapse
 from vlkit.hub.repository import resolve
 

@@ -18,10 +18,10 @@ from typing import NoReturn
 
 from vlkit.errors import CheckpointError
 from vlkit.hub.atomic import check_space
+from vlkit.hub.index import INDEX, PICKLE, PICKLE_INDEX, WEIGHTS, shards_of
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _SUBFOLDERS = "*/*"
-_INDEXES = {"model.safetensors.index.json": False, "pytorch_model.bin.index.json": True}
 
 
 def resolve(
@@ -91,17 +91,11 @@ def resolve(
 
 def _weight_patterns(folder: Path, allow_pickle: bool) -> list[list[str]]:
     """Patterns of the files with weights, best first; the first that the repository has is taken."""
-    from vlkit.hub.checkpoint import shards_of
-
-    choices = []
-    for index, pickled in _INDEXES.items():
-        if pickled and not allow_pickle:
-            continue
-        choices.append(["model.safetensors"] if not pickled else ["pytorch_model.bin"])
-        if (folder / index).exists():
-            choices[-1] = shards_of(folder, index)
-        elif not pickled:
-            choices.append(["*.safetensors"])
+    if (folder / INDEX).exists():
+        return [shards_of(folder, INDEX)]
+    choices = [[WEIGHTS], ["*.safetensors"]]
+    if allow_pickle:
+        choices.append(shards_of(folder, PICKLE_INDEX) if (folder / PICKLE_INDEX).exists() else [PICKLE])
     return choices
 
 
