@@ -37,7 +37,9 @@ LARGEST_RESULT = 1.35
 
 EPS = 1e-30  # only keeps 0 / 0 away; 1e-7 would leave gradients smaller than that un-orthogonalised
 
-GRAM_ASPECT = 1.5  # long side / short side from which the Gram form is less work
+# Long side / short side from which the Gram form is less work. Below 1.5 it would also diverge in bf16.
+GRAM_ASPECT = 1.5
+GRAM_ASPECT_BATCHED = 2.0  # for batches of small matrices, which gain nothing from symmetry
 BATCHED_BELOW = 256  # short sides below this run as one batched product, larger ones one by one
 BATCH_BYTES = 16 * 2**20  # of one batched product, so that it stays near the caches
 
@@ -274,13 +276,15 @@ class NewtonSchulz:
         Raises:
             ConfigError: It was asked for by name where bf16 would make it diverge.
         """
-        near_square = max(rows, cols) < GRAM_ASPECT * min(rows, cols)
-        if self.form == "gram" and near_square and dtype == torch.bfloat16:
+        short, long = sorted((rows, cols))
+        if self.form == "gram" and long < GRAM_ASPECT * short and dtype == torch.bfloat16:
             raise ConfigError(
                 f"form='gram' diverges in bf16 on near-square matrices ({rows}x{cols}); "
                 f"use form='auto' or dtype=torch.float32"
             )
-        return self.form == "gram" or (self.form == "auto" and not near_square)
+        if self.form == "auto":
+            return long >= (GRAM_ASPECT_BATCHED if short < BATCHED_BELOW else GRAM_ASPECT) * short
+        return self.form == "gram"
 
     def __call__(self, x: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch rows cols"]:
         """The orthogonalised matrices, in the number format of the products."""
@@ -368,7 +372,7 @@ def _gram_form(x: Tensor, rows: Sequence[Triple], schatten: bool) -> Tensor:
     """Stages of steps on R = x x^T; a stage collects its steps in a matrix Q, and ends with x <- Q x.
 
     In bf16 R drifts away from what x x^T would be, and the iteration diverges after more than a few steps. So x is
-    brought up to date after every second step.
+    brought up to date after the first and then after every second step.
     """
     first = True
     for start, stop in _stages(len(rows)):
@@ -397,11 +401,12 @@ def _gram_form(x: Tensor, rows: Sequence[Triple], schatten: bool) -> Tensor:
 
 
 def _stages(num_steps: int) -> list[tuple[int, int]]:
-    """[0, 2), [2, 4), ...; a single step left over at the end joins the stage before it, unless that is the first."""
-    bounds = [*range(0, num_steps, 2), num_steps]
-    if num_steps % 2 and num_steps >= 5:
-        del bounds[-2]
-    return list(itertools.pairwise(bounds))
+    """[0, 1), [1, 3), [3, 5), ...
+
+    The first step stands alone: its slope of about 8 also magnifies what rounding does to R, and a second step on that R blows up
+    where singular values fall off like those of real gradients (1, 1/4, 1/9, ...: 3,700 instead of 1).
+    """
+    return list(itertools.pairwise([0, *range(1, num_steps, 2), num_steps]))
 
 
 def _schatten_divide(x: Tensor, r: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
