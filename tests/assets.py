@@ -4,7 +4,7 @@
     python -m tests.assets qwen.tiktoken
 
 A test asks for `asset("qwen.tiktoken")` and is skipped where the file was not fetched; with VLKIT_ASSETS_REQUIRED=1, as
-in CI, it fails instead. Files are kept in the folder VLKIT_ASSETS, or ~/.cache/vlkit-assets, and checked by their SHA-256.
+in CI, it fails instead. Files are kept in the folder VLKIT_ASSETS, or ~/.cache/vlkit-assets; their SHA-256 is checked.
 """
 
 from __future__ import annotations

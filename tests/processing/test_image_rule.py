@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vlkit.errors import ConfigError, ImageError
@@ -64,6 +64,22 @@ def test_resize_matches_the_sizes_of_qwen2_vl(
     plan = rule.target_size(height, width)
 
     assert plan.resized == plan.canvas == expected
+
+
+@settings(deadline=None)
+@given(sides, sides, st.sampled_from([28, 32]), st.integers(1, 64), st.integers(0, 20_000))
+def test_resize_matches_the_function_in_transformers(
+    height: int, width: int, multiple: int, least: int, more: int
+) -> None:
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    least, most = least * multiple**2, (least + more) * multiple**2
+    rule = QWEN2.replace(patch_size=multiple // 2, min_pixels=least, max_pixels=most)
+    assume(max(height, width) / min(height, width) <= 200)
+    expected = smart_resize(height, width, multiple, least, most)
+    assume(expected[0] * expected[1] <= most)  # for thin images theirs can be larger than it was told
+
+    assert rule.target_size(height, width).resized == expected
 
 
 @settings(deadline=None)

@@ -209,3 +209,43 @@ def test_importing_costs_no_tokenizer_library() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert result.stdout.strip() == "[]"
+
+
+TEMPLATE = """
+{%- for m in messages -%}<|im_{{ m.role }}|>
+{%- if m.role == 'assistant' -%}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}
+{%- elif m.content is string -%}{{ m.content }}<|im_end|>
+{%- else -%}{% for p in m.content %}{% if p.type == 'image' %}<|media_start|><|media_pad|><|media_end|>
+{%- else %}{{ p.text }}{% endif %}{% endfor %}<|im_end|>{%- endif %}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|im_assistant|>{{ tools or '' }}{%- endif -%}
+"""
+
+
+def test_a_jinja_template_can_take_the_place_of_the_format(tmp_path: Path) -> None:
+    processor = Processor(PROCESSOR.config.replace(template=TEMPLATE))
+    conversation = [question("a<|eos|>", picture(5, 9)), ANSWER]
+    processor.save_pretrained(tmp_path)
+
+    for each in (processor, Processor.from_pretrained(tmp_path)):
+        for options in ({"labels": True}, {"add_generation_prompt": True}):
+            got, expected = each(conversation, **options), PROCESSOR(conversation, **options)
+            assert torch.equal(got.ids.tokens, expected.ids.tokens)
+            assert got.labels is expected.labels or torch.equal(got.labels, expected.labels)
+        assert each.decode(each([question("a")], template_variables={"tools": "<t>"}).ids.tokens) == "a<t>"
+
+
+def test_a_template_that_forgets_an_image_is_refused() -> None:
+    processor = Processor(PROCESSOR.config.replace(template="{{ messages[0].role }}"))
+
+    with pytest.raises(PlaceholderMismatchError, match="0 image placeholders, 1 images"):
+        processor([question("a", picture(5, 9))])
+
+
+def test_labels_need_a_template_that_marks_answers() -> None:
+    processor = Processor(PROCESSOR.config.replace(template="{{ messages[0].role }}"))
+
+    with pytest.raises(TemplateError, match=r"does not mark answers by {% generation %}"):
+        processor([question("a"), ANSWER], labels=True)
+    with pytest.raises(TemplateError, match="are for a jinja template"):
+        PROCESSOR([question("a")], template_variables={"tools": []})

@@ -83,15 +83,17 @@ class ChatFormat(Config):
     def turn(self, role: str) -> Turn:
         return self.turns[self.roles.index(role)]
 
-    def special_names(self) -> list[str]:
-        """Special tokens that the format writes or awaits; inside longer strings they are known by their "<|...|>"."""
+    def special_names(self, *, written: bool = True) -> list[str]:
+        """Special tokens that the format awaits and, if asked, writes; inside strings they are known by "<|...|>"."""
+        if not written:
+            return list(dict.fromkeys((self.image_token, *self.stop, *self.answer_tokens)))
         texts = (
             self.image_prefix,
             self.image_suffix,
             *(text for turn in self.turns for text in (turn.prefix, turn.suffix)),
         )
-        written = [name for text in texts for name in re.findall(r"<\|[^|<>]+\|>", text)]
-        return list(dict.fromkeys((self.image_token, *self.stop, *self.answer_tokens, *written)))
+        found = [name for text in texts for name in re.findall(r"<\|[^|<>]+\|>", text)]
+        return list(dict.fromkeys((self.image_token, *self.stop, *self.answer_tokens, *found)))
 
 
 def _turns(template: str, suffix: str, roles: Sequence[str]) -> tuple[Turn, ...]:
@@ -238,7 +240,7 @@ def encode_pieces(
     """Ids, and labels aligned with them.
 
     Texts are joined before they are tokenised, as if all had been one text: a line break that ends a prefix and one
-    that starts a question share a token, as on the Hub. Only where an answer begins they do not: generation begins there.
+    that starts a question share a token, as on the Hub. Only where an answer begins they do not, as in generation.
 
     Args:
         image_token: Id that stands for one visual token.

@@ -8,6 +8,7 @@ The longer an image is in patches, the more tokens it costs; a rule bounds that 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple
 
 from vlkit.config import AtLeast, Config, Positive, Size
@@ -127,26 +128,28 @@ class ImageRule(Config):
         return max(int(height * scale), 1), max(int(width * scale), 1)
 
     def _padded(self, height: int, width: int) -> tuple[int, int]:
-        return -(-height // self.multiple) * self.multiple, -(-width // self.multiple) * self.multiple
+        return self._multiples(height, width, math.ceil)
 
     def _rounded(self, height: int, width: int) -> tuple[int, int]:
         # Python's round: halves go to the even multiple. A side below half a multiple becomes 0 here: with min_pixels
         # the whole image is then enlarged, and only without it this side alone is raised.
-        return round(height / self.multiple) * self.multiple, round(width / self.multiple) * self.multiple
+        return self._multiples(height, width, round)
 
     def _within_budget(self, height: int, width: int, canvas: tuple[int, int]) -> tuple[int, int]:
         """The canvas, shrunk or enlarged at the image's aspect ratio to between min_pixels and max_pixels."""
         rows, columns = canvas
-        side = self.multiple
+        # Multiply there and divide here, as published: at whole multiples the last bit decides.
+        if self.min_pixels is not None and rows * columns < self.min_pixels:
+            scale = math.sqrt(self.min_pixels / (height * width))
+            rows, columns = self._multiples(height * scale, width * scale, math.ceil)
         if self.max_pixels is not None and rows * columns > self.max_pixels:
             scale = math.sqrt(height * width / self.max_pixels)
-            rows, columns = math.floor(height / scale / side) * side, math.floor(width / scale / side) * side
-        elif self.min_pixels is not None and rows * columns < self.min_pixels:
-            scale = math.sqrt(self.min_pixels / (height * width))
-            rows, columns = math.ceil(height * scale / side) * side, math.ceil(width * scale / side) * side
-        rows, columns = max(rows, side), max(columns, side)
-        if self.max_pixels is not None and rows * columns > self.max_pixels:
-            short = min(rows, columns)
-            long = max(self.max_pixels // (short * side) * side, side)
-            rows, columns = (short, long) if rows <= columns else (long, short)
+            rows, columns = self._multiples(height / scale, width / scale, math.floor)
+        rows, columns = max(rows, self.multiple), max(columns, self.multiple)
+        if self.max_pixels is not None and rows * columns > self.max_pixels:  # thin: one side is a single multiple now
+            long = self.max_pixels // self.multiple**2 * self.multiple
+            rows, columns = min(rows, long), min(columns, long)
         return rows, columns
+
+    def _multiples(self, height: float, width: float, rounded: Callable[[float], int]) -> tuple[int, int]:
+        return rounded(height / self.multiple) * self.multiple, rounded(width / self.multiple) * self.multiple

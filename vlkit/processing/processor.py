@@ -24,10 +24,11 @@ from vlkit.errors import (
 )
 from vlkit.packing import Batch, Layout, Packed
 from vlkit.processing import hub_files
-from vlkit.processing.chat import Message, Text, chat_pieces, check_messages, encode_pieces
+from vlkit.processing.chat import Message, Piece, Text, chat_pieces, check_messages, encode_pieces
 from vlkit.processing.files import read_json
 from vlkit.processing.image import pack_images
 from vlkit.processing.processor_config import ProcessorConfig
+from vlkit.processing.template import ChatTemplate
 from vlkit.processing.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 PROCESSOR_FILE = "processor.json"
@@ -62,7 +63,8 @@ class Processor:
             tokenizer = ByteTokenizer()
         self.tokenizer = tokenizer
         chat = self.config.chat
-        for name in chat.special_names():
+        self._template = None if self.config.template is None else ChatTemplate(self.config.template)
+        for name in chat.special_names(written=self._template is None):
             if name not in tokenizer.special:
                 raise ConfigError(
                     f"the chat format writes {name!r}, which is no special token of the tokenizer; it has "
@@ -79,6 +81,7 @@ class Processor:
         add_generation_prompt: bool = True,
         answer_prefix: str = "",
         labels: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
     ) -> Batch:
         """A batch of one conversation, or of several.
 
@@ -89,9 +92,10 @@ class Processor:
             add_generation_prompt: Whether the ids end where the assistant's answer begins. Never with labels.
             answer_prefix: First characters of the answer, given to the model, such as "<think>".
             labels: Whether answers are to be learned: labels are the ids of answers and of what closes them, else -100.
+            template_variables: What a jinja template reads besides the messages, such as tools or enable_thinking.
 
         Raises:
-            TemplateError: A malformed conversation, or labels are asked for and there is no answer.
+            TemplateError: A malformed conversation, or labels are asked for where no answer is found.
             PlaceholderMismatchError: Another number of images than of image parts without one.
             ImageError: An image cannot be read or does not fit the rule.
             SequenceTooLongError: A sequence is longer than max_length.
@@ -110,12 +114,14 @@ class Processor:
         given: Sequence[Any] = [images] * len(conversations) if images is None or not several else images
         if len(given) != len(conversations):
             raise PlaceholderMismatchError(f"{len(conversations)} conversations, but {len(given)} lists of images")
+        if template_variables and self._template is None:
+            raise TemplateError("template_variables are for a jinja template; this processor's chat format is not one")
+        variables = dict(template_variables or {})
+        prompt = add_generation_prompt and not labels
         batches = []
         for index, (conversation, own) in enumerate(zip(conversations, given, strict=True)):
             try:
-                batches.append(
-                    self._one(conversation, own, add_generation_prompt and not labels, answer_prefix, labels)
-                )
+                batches.append(self._one(conversation, own, prompt, answer_prefix, labels, variables))
             except VlkitError as error:
                 if not several:
                     raise
@@ -133,13 +139,16 @@ class Processor:
         add_generation_prompt: bool,
         answer_prefix: str,
         labels: bool,
+        variables: Mapping[str, Any],
     ) -> Batch:
         chat, rule = self.config.chat, self.config.image
-        sources = _filled(check_messages(messages, chat.roles), images)
-        pieces = chat_pieces(messages, chat, add_generation_prompt=add_generation_prompt)
+        sources = _filled(check_messages(messages, chat.roles if self._template is None else None), images)
+        pieces = self._pieces(messages, add_generation_prompt, variables)
         if answer_prefix:
             pieces.append(Text(answer_prefix, special=chat.answer_tokens))
         if labels and not any(isinstance(piece, Text) and piece.learn for piece in pieces):
+            if self._template is not None and not self._template.marks_answers:
+                raise TemplateError("labels are asked for, but the template does not mark answers by {% generation %}")
             raise TemplateError("labels are asked for, but no message is the assistant's: there is nothing to learn")
         patches = pack_images(sources, rule, self.config.reading) if sources else None
         counts = [rule.num_tokens(grid[1:]) for grid in patches.layout.grids or ()] if patches is not None else []
@@ -154,6 +163,19 @@ class Processor:
             ids=Packed(torch.tensor(ids), Layout((len(ids),))),
             patches=patches,
             labels=torch.tensor(targets) if labels else None,
+        )
+
+    def _pieces(self, messages: Sequence[Message], prompt: bool, variables: Mapping[str, Any]) -> list[Piece]:
+        chat = self.config.chat
+        if self._template is None:
+            return chat_pieces(messages, chat, add_generation_prompt=prompt)
+        return self._template.pieces(
+            messages,
+            self.tokenizer.special,
+            chat.image_token,
+            answer_tokens=chat.answer_tokens,
+            add_generation_prompt=prompt,
+            variables=variables,
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
