@@ -1,0 +1,5 @@
+"""`python -m vlkit` is `vlkit`."""
+
+from vlkit.cli import main
+
+main()

@@ -1,0 +1,197 @@
+"""The command line: `vlkit demo`, `generate`, `list`, `info`.
+
+Heavy imports happen inside the commands, so that `vlkit --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+app = typer.Typer(
+    name="vlkit",
+    help="Building blocks for vision-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run a command; what vlkit refuses is one line on stderr and exit status 1."""
+    from vlkit.errors import VlkitError
+
+    try:
+        app()
+    except VlkitError as error:
+        sys.exit(f"vlkit: {error}")
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from vlkit.version import __version__
+
+        typer.echo(f"vlkit {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to train.")] = 140.0,
+    optimizer: Annotated[Literal["muon", "adamw"], typer.Option(help="Rule for the hidden matrices.")] = "muon",
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate; by default what suits the optimizer.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights and data.")] = 0,
+    vision: Annotated[str | None, typer.Option(help="A tower of `vlkit list`; by default a small MoonViT.")] = None,
+    projector: Annotated[str | None, typer.Option(help="A projector; by default a small pixel shuffle.")] = None,
+    llm: Annotated[str | None, typer.Option(help="A decoder; by default a small Moonlight with experts.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Strips per step.")] = 64,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes what suits this machine.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the model and the page.")] = Path("vlkit-demo"),
+) -> None:
+    """Train a small Kimi-VL-style model on handwritten digits, save it, load it again and show what it reads.
+
+    Ctrl-C stops the training and keeps what was learnt.
+    """
+    from vlkit.demo.run import Options, run
+
+    run(
+        Options(
+            seconds=seconds,
+            optimizer=optimizer,
+            lr=lr,
+            seed=seed,
+            vision=vision,
+            projector=projector,
+            llm=llm,
+            batch=batch,
+            threads=threads,
+            out=out,
+        )
+    )
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="FOLDER_OR_REPO", help="A saved model, or a repository of the Hub.")],
+    image: Annotated[list[Path] | None, typer.Option(help="A picture; may be given several times.")] = None,
+    prompt: Annotated[str, typer.Option(help="What to ask.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of probability to draw from.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the drawing.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+    revision: Annotated[str | None, typer.Option(help="Commit or branch on the Hub.")] = None,
+) -> None:
+    """Ask a model about pictures and print its answer."""
+    import vlkit
+
+    network = vlkit.from_pretrained(model, revision=revision, device=device).eval()
+    processor = vlkit.Processor.from_pretrained(model)
+    content = [{"type": "image", "image": str(path)} for path in image or []]
+    if prompt:
+        content.append({"type": "text", "text": prompt})
+    batch = processor([{"role": "user", "content": content}]).to(device)
+    answer = network.generate(
+        batch, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )[0]
+    typer.echo(processor.decode(answer))
+
+
+@app.command("list")
+def list_(
+    pattern: Annotated[str, typer.Argument(help="A wildcard pattern such as '*kimi*'.")] = "*",
+) -> None:
+    """List models and their parts."""
+    from vlkit import registry
+
+    found = {"models": registry.list_models(pattern)}
+    found |= {f"{kind} parts": registry.list_components(kind, pattern) for kind in registry.KINDS}
+    if not any(found.values()):
+        from vlkit.errors import UnknownModelError
+
+        raise UnknownModelError(f"no name fits {pattern!r}; `vlkit list` shows all, and '*{pattern}*' looks inside names")
+    width = max(len(name) for names in found.values() for name in names)
+    first = True
+    for heading, names in found.items():
+        if not names:
+            continue
+        typer.echo(heading if first else f"\n{heading}")
+        first = False
+        for name in names:
+            typer.echo(f"  {name:<{width}}  {_sizes(name) if heading == 'models' else ''}".rstrip())
+
+
+def _sizes(name: str) -> str:
+    from vlkit.registry import model_spec
+    from vlkit.summary import short
+
+    spec = model_spec(name)
+    if not spec.num_parameters:
+        return ""
+    active = spec.num_active_parameters
+    return f"{short(spec.num_parameters):>7}" + (f", {short(active)} active" if active < spec.num_parameters else "")
+
+
+@app.command()
+def info(
+    name: Annotated[str, typer.Argument(help="A model, a part, or a folder with a saved model.")],
+    image: Annotated[str, typer.Option(metavar="WxH", help="Price of an image of this size, in pixels.")] = "1024x768",
+    depth: Annotated[int, typer.Option(min=1, help="Levels of the tree.")] = 3,
+) -> None:
+    """Show what a model is made of: parts, parameters, memory, and the tokens of an image."""
+    from vlkit import registry
+    from vlkit.summary import count, image_cost, memory, short, tree
+
+    size = _parse_size(image)
+    if Path(name).is_dir():
+        model, rule = _saved(Path(name))
+    elif name in registry.list_models():
+        from vlkit.models.factory import create_model
+
+        spec = registry.model_spec(name)
+        model, rule = create_model(name, device="meta"), spec.processor.image
+    else:
+        part = _part(name)
+        typer.echo(tree(part, name, max_depth=depth))
+        return
+    typer.echo(tree(model, name, max_depth=depth))
+    total, active = count(model), count(model, active=True)
+    rows = [("parameters", short(total) + (f", of which one token uses {short(active)}" if active < total else ""))]
+    rows += memory(model)
+    rows.append(("an image", image_cost(rule, *size)))
+    typer.echo()
+    width = max(len(label) for label, _ in rows)
+    for label, text in rows:
+        typer.echo(f"{label:<{width}}  {text}")
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise typer.BadParameter(f"{text!r} is not a size such as 1024x768", param_hint="--image")
+    return int(width), int(height)
+
+
+def _part(name: str) -> nn.Module:
+    import torch
+
+    from vlkit import registry
+
+    for kind in registry.KINDS:
+        if name in registry.list_components(kind):
+            part = registry.component(kind, name)
+            with torch.device("meta"):
+                return part.module(part.configs[name])
+    registry.model_spec(name)  # raises, with the nearest names
+    raise AssertionError(name)
