@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vlkit.config import Config, Positive, Size
+from vlkit.errors import LayoutError
 from vlkit.hub.keymap import KeyMap, rename
 from vlkit.layers.norm import LayerNorm
 from vlkit.packing import Packed
@@ -94,8 +95,12 @@ class PixelShuffleProjector(nn.Module):
         """[patches, in_dim] -> [tokens, out_dim], with the layout merged.
 
         Raises:
-            LayoutError: No grids, or an image whose grid does not divide into blocks.
+            LayoutError: No grids, an image whose grid does not divide into blocks, or features of another width.
         """
+        if features.tokens.shape[1:] != (self.config.in_dim,):
+            raise LayoutError(
+                f"features have shape {tuple(features.tokens.shape)}; expected {self.config.in_dim} channels each"
+            )
         normed = features if self.norm is None else features.with_tokens(self.norm(features.tokens))
         merged = pixel_shuffle(normed, self.config.merge_size)
         return merged.with_tokens(self.fc2(F.gelu(self.fc1(merged.tokens))))
