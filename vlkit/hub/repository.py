@@ -50,11 +50,11 @@ def resolve(
         DiskFullError: The weights do not fit into the cache; nothing of them was downloaded.
         OSError: What the Hub client raises: no such repository or revision, no access, no connection.
     """
-    path = Path(repo_or_folder).expanduser()
-    if path.is_dir():
-        return path
     name = str(repo_or_folder)
-    if path.exists():
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return path
+    if name and path.exists():
         raise CheckpointError(f"{path} is a file; give the folder that holds it")
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name or not name.strip():
         raise CheckpointError(f"{name!r}: no such folder, and no repository name of the form 'owner/name'")
@@ -126,7 +126,8 @@ def _explain(name: str, failure: OSError | ValueError) -> NoReturn:
     from huggingface_hub import errors
 
     hint = ""
-    status = getattr(getattr(failure, "response", None), "status_code", None)
+    answer = getattr(failure, "response", None) or getattr(failure.__cause__, "response", None)
+    status = getattr(answer, "status_code", None)
     if isinstance(failure, errors.GatedRepoError) or status == 403:
         hint = f"Ask for access on the page of {name}, then set HF_TOKEN (or pass token=) to a token of that account."
     elif isinstance(failure, errors.RevisionNotFoundError):
