@@ -93,7 +93,10 @@ register_component(
     "vision",
     MeanMixerConfig,
     MeanMixer,
-    {"mean-mixer": MeanMixerConfig(), "mean-mixer-tiny": MeanMixerConfig(dim=16, num_layers=2, mlp_dim=24, patch_size=4)},
+    {
+        "mean-mixer": MeanMixerConfig(),
+        "mean-mixer-tiny": MeanMixerConfig(dim=16, num_layers=2, mlp_dim=24, patch_size=4),
+    },
 )
 
 

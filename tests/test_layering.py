@@ -13,7 +13,7 @@ MIDDLE = {"layers", "hub", "processing", "objectives", "optim"}
 PARTS = {"vision", "projectors", "llm"}
 # The demo and the command line stand on everything; the face names things and imports them when asked.
 MAY_IMPORT = {
-    **{room: FOUNDATIONS for room in FOUNDATIONS},
+    **dict.fromkeys(FOUNDATIONS, FOUNDATIONS),
     **{room: FOUNDATIONS | {room} for room in MIDDLE},
     **{room: FOUNDATIONS | MIDDLE | {room} for room in PARTS},
     "generation": FOUNDATIONS | MIDDLE | PARTS | {"generation"},
@@ -32,7 +32,11 @@ def rooms_imported(path: Path) -> set[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "vlkit" else [node.module or ""]
+            names = (
+                [f"{node.module}.{alias.name}" for alias in node.names]
+                if node.module == "vlkit"
+                else [node.module or ""]
+            )
         else:
             continue
         found |= {name.split(".")[1] for name in names if name.startswith("vlkit.")}

@@ -12,10 +12,31 @@ import pytest
 import vlkit
 
 ROOT = Path(__file__).parent.parent
-PUBLIC = """
-list_models list_components create_model compose from_pretrained Processor Batch Layout Packed VisionLanguageModel VLMConfig Output
-vision projectors llm layers models processing generation objectives optim hub testing
-""".split()
+PUBLIC = [
+    "list_models",
+    "list_components",
+    "create_model",
+    "compose",
+    "from_pretrained",
+    "Processor",
+    "Batch",
+    "Layout",
+    "Packed",
+    "VisionLanguageModel",
+    "VLMConfig",
+    "Output",
+    "vision",
+    "projectors",
+    "llm",
+    "layers",
+    "models",
+    "processing",
+    "generation",
+    "objectives",
+    "optim",
+    "hub",
+    "testing",
+]
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -39,7 +60,16 @@ def imported_by(code: str) -> set[str]:
 def test_import_loads_nothing_that_is_not_used() -> None:
     """Optional and heavy packages wait until they are needed."""
     loaded = imported_by("import vlkit")
-    assert not loaded & {"timm", "tokenizers", "tiktoken", "jinja2", "transformers", "huggingface_hub", "PIL", "vlkit.models"}
+    assert not loaded & {
+        "timm",
+        "tokenizers",
+        "tiktoken",
+        "jinja2",
+        "transformers",
+        "huggingface_hub",
+        "PIL",
+        "vlkit.models",
+    }
 
 
 def test_help_does_not_import_torch() -> None:
@@ -74,6 +104,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("example", sorted(ROOT.glob("examples/*.py")), ids=lambda p: p.name)
 def test_example_runs(example: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(example), "--small"], capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False
+        [sys.executable, str(example), "--small"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

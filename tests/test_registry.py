@@ -43,7 +43,9 @@ def test_near_misses_are_suggested() -> None:
 
 def test_a_name_is_given_once() -> None:
     with pytest.raises(VlkitError, match="'moonvit' is registered already"):
-        registry.register_component("vision", ToyConfig, nn.Identity, {"moonvit": ToyConfig(), "moonvit-tiny": ToyConfig()})
+        registry.register_component(
+            "vision", ToyConfig, nn.Identity, {"moonvit": ToyConfig(), "moonvit-tiny": ToyConfig()}
+        )
     with pytest.raises(VlkitError, match="'toy-tiny'"):
         registry.register_component("vision", ToyConfig, nn.Identity, {"toy": ToyConfig()})
     with pytest.raises(VlkitError, match="kind 'tower'"):
@@ -66,7 +68,9 @@ def test_a_plug_in_registers_by_its_entry_point(monkeypatch: pytest.MonkeyPatch)
         def load(self) -> None:
             imported()
 
-    monkeypatch.setattr(registry.importlib.metadata, "entry_points", lambda group: [Entry()] if group == "vlkit.plugins" else [])
+    monkeypatch.setattr(
+        registry.importlib.metadata, "entry_points", lambda group: [Entry()] if group == "vlkit.plugins" else []
+    )
     registry.load_plugins.cache_clear()
     assert "toy" in vlkit.list_components("vision")
     assert registry.component("vision", "toy-tiny").configs["toy-tiny"] == ToyConfig(dim=2)

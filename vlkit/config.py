@@ -1,10 +1,10 @@
 """Config: the frozen, checked, JSON-able description of a part or a model.
 
-    class MoonViTConfig(Config):          # becomes a frozen, keyword-only dataclass by itself
-        dim: Size = 1152
+class MoonViTConfig(Config):          # becomes a frozen, keyword-only dataclass by itself
+    dim: Size = 1152
 
-    MoonViTConfig(dim=0)                  # ConfigError: MoonViTConfig.dim: 0 is below 1
-    MoonViTConfig.from_dict({"dmi": 1})   # ConfigError: MoonViTConfig has no field 'dmi'; did you mean 'dim'?
+MoonViTConfig(dim=0)                  # ConfigError: MoonViTConfig.dim: 0 is below 1
+MoonViTConfig.from_dict({"dmi": 1})   # ConfigError: MoonViTConfig has no field 'dmi'; did you mean 'dim'?
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Self, dataclass_transform
@@ -99,10 +99,12 @@ class Config:
         return cls(**values)
 
 
-@cache
-def _hints(cls: type[Config]) -> dict[str, Any]:
+def _read_hints(cls: type[Config]) -> dict[str, Any]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+
+_hints: Callable[[type[Config]], dict[str, Any]] = cache(_read_hints)
 
 
 def _refuse_unknown(cls: type[Config], values: Mapping[str, Any]) -> None:
@@ -131,7 +133,9 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         value = _checked(value, args[0], where)
         for bound in args[1:]:
             if isinstance(bound, AtLeast) and value < bound.bound:
-                raise ConfigError(f"{where}: {value} is below {'or equal to 0' if 0 < bound.bound < 1 else bound.bound}")
+                raise ConfigError(
+                    f"{where}: {value} is below {'or equal to 0' if 0 < bound.bound < 1 else bound.bound}"
+                )
             if isinstance(bound, AtMost) and value > bound.bound:
                 raise ConfigError(f"{where}: {value} is above {bound.bound}")
         return value

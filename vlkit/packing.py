@@ -8,12 +8,11 @@ There is no batch axis and no padding. A `Layout` lives on the host, so no layer
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,11 +66,15 @@ class Layout:
     @classmethod
     def from_grids(cls, grids: Iterable[Sequence[int]]) -> Layout:
         """The layout of images given as (time, rows, columns) or (rows, columns), in patches."""
-        full = tuple((1, *map(int, g)) if len(g) == 2 else tuple(map(int, g)) for g in grids)
-        for item, grid in enumerate(full):
-            if len(grid) != 3:
-                raise LayoutError(f"item {item}: a grid is (rows, columns) or (time, rows, columns), found {grid}")
-        return cls(lengths=tuple(t * h * w for t, h, w in full), grids=full)  # type: ignore[misc, arg-type]
+        full = []
+        for item, grid in enumerate(grids):
+            if len(grid) not in (2, 3):
+                raise LayoutError(
+                    f"item {item}: a grid is (rows, columns) or (time, rows, columns), found {tuple(grid)}"
+                )
+            t, h, w = grid if len(grid) == 3 else (1, *grid)
+            full.append((int(t), int(h), int(w)))
+        return cls(lengths=tuple(t * h * w for t, h, w in full), grids=tuple(full))
 
     @classmethod
     def from_offsets(cls, offsets: Tensor | Sequence[int], num_tokens: int) -> Layout:
@@ -224,12 +227,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on a device."""
-        moved = {
-            field.name: None if value is None else value.to(device)
-            for field in dataclasses.fields(self)
-            for value in [getattr(self, field.name)]
-        }
-        return Batch(**moved)
+
+        def moved(value: Any) -> Any:
+            return None if value is None else value.to(device)
+
+        return Batch(moved(self.ids), moved(self.patches), moved(self.labels), moved(self.positions))
 
     @staticmethod
     def concat(batches: Sequence[Batch]) -> Batch:

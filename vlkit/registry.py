@@ -73,7 +73,9 @@ def register_component(
         raise VlkitError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
     name = next(iter(configs))
     if f"{name}-tiny" not in configs:
-        raise VlkitError(f"{kind} {name!r} needs a config named {name + '-tiny'!r} that runs in milliseconds, for the contract tests")
+        raise VlkitError(
+            f"{kind} {name!r} needs a config named {name + '-tiny'!r} that runs in milliseconds, for the contract tests"
+        )
     for taken in configs:
         if (kind, taken) in _components:
             raise VlkitError(f"{kind} {taken!r} is registered already")
@@ -126,7 +128,9 @@ def component(kind: str, name: str) -> Component:
     if kind not in KINDS:
         raise UnknownModelError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
     if (kind, name) not in _components:
-        raise _unknown(f"{kind} component", name, [n for k, n in _components if k == kind], "vlkit.registry.register_component")
+        raise _unknown(
+            f"{kind} component", name, [n for k, n in _components if k == kind], "vlkit.registry.register_component"
+        )
     return _components[kind, name]
 
 
@@ -180,4 +184,6 @@ def list_components(kind: str, pattern: str = "*") -> list[str]:
 def _unknown(what: str, name: str, known: Iterable[str], register: str) -> UnknownModelError:
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.3) or known[:3]
-    return UnknownModelError(f"no {what} is called {name!r}; the nearest are {', '.join(near)}. A new one is added with {register}")
+    return UnknownModelError(
+        f"no {what} is called {name!r}; the nearest are {', '.join(near)}. A new one is added with {register}"
+    )

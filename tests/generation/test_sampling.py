@@ -49,7 +49,9 @@ def test_greedy_takes_the_likeliest() -> None:
     assert Sampler(1)(LOGITS, [0]).tolist() == [1]
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"temperature": float("nan")}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"temperature": float("nan")}]
+)
 def test_options_out_of_range_are_refused(options: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         Sampler(1, **options)

@@ -116,7 +116,9 @@ def test_stale_rotary_buffers_are_dropped_and_nothing_else() -> None:
     stale = {f"language_model.model.layers.{n}.self_attn.rotary_emb.inv_freq": (32,) for n in range(27)}
     assert len(kimi_vl.keys(config).plan_load({**theirs, **stale}, ours)) == len(ours)
     with pytest.raises(KeyMismatchError, match="q_norm"):
-        kimi_vl.keys(config).plan_load({**theirs, "language_model.model.layers.0.self_attn.q_norm.weight": (192,)}, ours)
+        kimi_vl.keys(config).plan_load(
+            {**theirs, "language_model.model.layers.0.self_attn.q_norm.weight": (192,)}, ours
+        )
 
 
 def test_published_parameter_counts() -> None:
@@ -273,4 +275,23 @@ def test_golden_numbers() -> None:
     assert logits.argmax(1).tolist() == [2, 12, 0, 1, 1, 18, 2, 1, 1, 1, 1, 16, 1, 1, 1, 16, 2, 18]
     (routing,) = out.routing
     chosen = ["".join(map(str, sorted(row))) for row in routing.experts.tolist()]
-    assert chosen == "12 23 23 01 12 01 23 02 02 12 01 23 01 01 02 23 12 23".split()
+    assert chosen == [
+        "12",
+        "23",
+        "23",
+        "01",
+        "12",
+        "01",
+        "23",
+        "02",
+        "02",
+        "12",
+        "01",
+        "23",
+        "01",
+        "01",
+        "02",
+        "23",
+        "12",
+        "23",
+    ]

@@ -37,7 +37,9 @@ def test_adjacent_images_share_a_run(model: VisionLanguageModel) -> None:
 def test_an_image_never_spans_two_sequences(model: VisionLanguageModel) -> None:
     """The total is right, but one image would begin in one sequence and end in the next."""
     batch = batch_of(model, [[1, 2, -1, -1], [-1, -1, 3]], [(2, 6), (2, 2)])
-    with pytest.raises(PlaceholderMismatchError, match=r"image 0: the text has 2 placeholders but the image gives 3 tokens"):
+    with pytest.raises(
+        PlaceholderMismatchError, match=r"image 0: the text has 2 placeholders but the image gives 3 tokens"
+    ):
         model(batch)
 
 
@@ -59,7 +61,11 @@ def test_pack_takes_padded_batches(model: VisionLanguageModel, side: str) -> Non
     batch = random_batch(model)
     length = batch.ids.layout.max_length + 2
     rows = len(batch.ids.layout.lengths)
-    ids, mask, labels = torch.zeros(rows, length, dtype=torch.long), torch.zeros(rows, length), torch.full((rows, length), 7)
+    ids, mask, labels = (
+        torch.zeros(rows, length, dtype=torch.long),
+        torch.zeros(rows, length),
+        torch.full((rows, length), 7),
+    )
     assert batch.labels is not None
     for row, (item, label) in enumerate(
         zip(batch.ids.unpack(), batch.labels.split(list(batch.ids.layout.lengths)), strict=True)

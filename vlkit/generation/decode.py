@@ -1,6 +1,6 @@
 """The decode loop: one prefill of the packed batch, then one token per sequence and step from the cache.
 
-    batch -> embed -> llm (writes the cache) -> last hidden of every sequence -> next ids -> embed -> llm (reads the cache) -> ...
+batch -> embed -> llm (writes the cache) -> last hidden of every sequence -> next ids -> embed -> llm (reads the cache) -> ...
 """
 
 from __future__ import annotations

@@ -98,13 +98,23 @@ class HubFields:
         """
         value = self.take(name, supported[0])
         if value not in supported:
-            raise ConfigError(f"{self.where}.{name}: {value!r} is not supported, only {' or '.join(map(repr, supported))}")
+            raise ConfigError(
+                f"{self.where}.{name}: {value!r} is not supported, only {' or '.join(map(repr, supported))}"
+            )
         return value
 
     def warn_of_rest(self, *known: str) -> None:
         """Warn once of fields that were neither read nor listed as known to have no effect here."""
         # What transformers writes into every config and what does not change a forward.
-        everywhere = {"model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "auto_map", "_name_or_path"}
+        everywhere = {
+            "model_type",
+            "architectures",
+            "torch_dtype",
+            "dtype",
+            "transformers_version",
+            "auto_map",
+            "_name_or_path",
+        }
         rest = sorted(k for k in set(self.values) - self.seen - set(known) - everywhere if not k.startswith("_"))
         if rest:
             warnings.warn(f"{self.where}: fields without an effect in vlkit: {', '.join(rest)}", stacklevel=2)

@@ -85,7 +85,11 @@ def read_config(hub: Mapping[str, Any]) -> VLMConfig:
     )
     end = text.take("eos_token_id", top.take("eos_token_id", END_OF_TEXT))
     image_token = top.take("media_placeholder_token_id")
-    for fields, known in ((top, ("ignore_index", "pad_token_id", "bos_token_id", "use_cache")), (vision, ()), (text, ENTRIES_WITHOUT_EFFECT)):
+    for fields, known in (
+        (top, ("ignore_index", "pad_token_id", "bos_token_id", "use_cache")),
+        (vision, ()),
+        (text, ENTRIES_WITHOUT_EFFECT),
+    ):
         fields.warn_of_rest(*known)
     # One id in the file means the published vocabulary, whose turns end with <|im_end|>; a list says all of them.
     stops = tuple(end) if isinstance(end, list) else (END_OF_TURN, end)
@@ -107,7 +111,9 @@ def write_config(config: VLMConfig) -> dict[str, Any]:
     """
     vision, projector, llm = config.vision, config.projector, config.llm
     if not (
-        isinstance(vision, MoonViTConfig) and isinstance(projector, PixelShuffleConfig) and isinstance(llm, MoonlightConfig)
+        isinstance(vision, MoonViTConfig)
+        and isinstance(projector, PixelShuffleConfig)
+        and isinstance(llm, MoonlightConfig)
     ):
         raise ConfigError(
             "Kimi-VL's layout holds MoonViT, a pixel-shuffle projector and Moonlight; set family=None to save in vlkit's own"
@@ -196,7 +202,9 @@ def published(repo_id: str, *, max_patches: int) -> ModelSpec:
     return ModelSpec(
         config=config,
         processor=ProcessorConfig(
-            tokenizer="files", chat=CHAT_FORMATS["kimi"], image=ImageRule(patch_size=14, merge_size=2, max_patches=max_patches)
+            tokenizer="files",
+            chat=CHAT_FORMATS["kimi"],
+            image=ImageRule(patch_size=14, merge_size=2, max_patches=max_patches),
         ),
         # The figures of the checkpoint less the 26 x 64 selection biases of the routers, which are buffers here.
         num_parameters=16_407_656_048 - 1664,

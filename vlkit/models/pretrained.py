@@ -1,6 +1,6 @@
 """Whole models from folders and repositories, and back: config, key map and weights in a family's own Hub layout, or in vlkit's.
 
-    repository or folder -> config.json -> family by model_type (or vlkit's own) -> VLMConfig -> model on meta -> weights streamed in
+repository or folder -> config.json -> family by model_type (or vlkit's own) -> VLMConfig -> model on meta -> weights streamed in
 """
 
 from __future__ import annotations

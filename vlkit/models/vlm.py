@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from vlkit.config import Config, Count, Size
@@ -105,7 +105,7 @@ class Output:
     """
 
     hidden: Packed
-    head: nn.Module
+    head: Callable[[Tensor], Tensor]
     loss: Tensor | None = None
     num_targets: int = 0
     routing: tuple[Routing, ...] = ()
@@ -143,9 +143,10 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.published_dtypes: dict[str, torch.dtype] = {}
-        self.vision = component_of(config.vision).module(config.vision)
-        self.projector = component_of(config.projector).module(config.projector)
-        self.llm = component_of(config.llm).module(config.llm)
+        # Any: what each kind of part promises is in docs/architecture.md, and held by the contract tests.
+        self.vision: Any = component_of(config.vision).module(config.vision)
+        self.projector: Any = component_of(config.projector).module(config.projector)
+        self.llm: Any = component_of(config.llm).module(config.llm)
 
     def forward(self, batch: Batch, *, cache: Cache | None = None) -> Output:
         """Run a packed batch of sequences with images.
@@ -169,7 +170,7 @@ class VisionLanguageModel(nn.Module):
                 decoded.hidden.tokens, self.llm.head_weight, targets, chunk=self.config.loss_chunk
             )
             loss = total / max(count, 1)
-        return Output(decoded.hidden, _Head(self.llm), loss, count, decoded.routing)
+        return Output(decoded.hidden, self.llm.head, loss, count, decoded.routing)
 
     def encode_images(self, patches: Packed) -> Packed:
         """Decoder-wide tokens of every image, from flattened patches.
@@ -321,17 +322,6 @@ class VisionLanguageModel(nn.Module):
         return push_to_hub(self, repo_id, **options)
 
 
-class _Head(nn.Module):
-    """The decoder's head as a callable that does not register the decoder a second time."""
-
-    def __init__(self, llm: nn.Module) -> None:
-        super().__init__()
-        object.__setattr__(self, "llm", llm)
-
-    def forward(self, hidden: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens vocab"]:
-        return self.llm.head(hidden)  # type: ignore[operator]
-
-
 def placeholder_rows(mask: Tensor, text: Layout, images: Layout) -> Int[Tensor, " rows"]:
     """Where the tokens of every image go, in the order of the images.
 
@@ -348,7 +338,9 @@ def placeholder_rows(mask: Tensor, text: Layout, images: Layout) -> Int[Tensor, 
     rows = mask.nonzero().squeeze(1)
     host = rows.tolist()
     if len(host) == images.num_tokens:
-        spans = [(host[start], host[start + n - 1], n) for start, n in zip(images.offsets, images.lengths, strict=False)]
+        spans = [
+            (host[start], host[start + n - 1], n) for start, n in zip(images.offsets, images.lengths, strict=False)
+        ]
         item_of = partial(bisect_right, text.offsets)
         if all(last - first == n - 1 and item_of(first) == item_of(last) for first, last, n in spans):
             return rows

@@ -107,6 +107,8 @@ def chunked_cross_entropy(
     kept = targets[rows]
     if kept.device.type == "cpu" and kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= head.shape[0]):
         bad = int(kept.min()) if int(kept.min()) < 0 else int(kept.max())
-        raise TokenError(f"target {bad} lies outside the vocabulary of {head.shape[0]}; tokens without loss are marked {IGNORE}")
-    total: Tensor = _ChunkedCrossEntropy.apply(hidden[rows], head, kept, chunk)  # type: ignore[no-untyped-call]
+        raise TokenError(
+            f"target {bad} lies outside the vocabulary of {head.shape[0]}; tokens without loss are marked {IGNORE}"
+        )
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden[rows], head, kept, chunk)
     return total, rows.numel()

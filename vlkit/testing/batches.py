@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 Grid = tuple[int, int]
 
 
-def random_patches(grids: Sequence[Grid], patch_dim: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Packed:
+def random_patches(
+    grids: Sequence[Grid], patch_dim: int, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Packed:
     """Normal-distributed patches of images with these grids (rows, columns).
 
     The same seed gives the same values in every dtype.
