@@ -93,6 +93,20 @@ def test_a_failed_exchange_puts_the_old_folder_back(tmp_path: Path, monkeypatch:
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_an_old_folder_that_cannot_be_cleared_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "model"
+    write_folder(target, put(config_json="old"))
+
+    def fail(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(atomic.shutil, "rmtree", fail)
+    with pytest.raises(CheckpointError, match=r"is saved and whole.*\.model\.[0-9a-f]+\.partial"):
+        write_folder(target, put(config_json="new"))
+
+    assert contents(target) == {"config.json": "new"}
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_fills_up_keeps_the_old_folder(tmp_path: Path, number: int) -> None:
     target = tmp_path / "model"

@@ -26,7 +26,7 @@ _AT_FDCWD = -100
 
 
 def write_folder(
-    target: Path | str, write: Callable[[Path], None], *, replaces: Callable[[str], bool] = lambda name: False
+    target: Path | str, write: Callable[[Path], object], *, replaces: Callable[[str], bool] = lambda name: False
 ) -> Path:
     """Publish what `write` writes, whole or not at all.
 
@@ -67,10 +67,7 @@ def write_folder(
             raise _explained(failure, target) from failure
         raise
     if old is not None:
-        for entry in old.iterdir():
-            if not replaces(entry.name) and not os.path.lexists(target / entry.name):
-                os.rename(entry, target / entry.name)
-        shutil.rmtree(old)
+        _clear(old, target, replaces)
     _sync_folder(target.parent)
     return target
 
@@ -116,6 +113,19 @@ def _publish(partial: Path, target: Path) -> Path | None:
         os.rename(old, target)
         raise
     return old
+
+
+def _clear(old: Path, target: Path, replaces: Callable[[str], bool]) -> None:
+    """Move to the new folder what it keeps of the old one, and remove the rest."""
+    try:
+        for entry in old.iterdir():
+            if not replaces(entry.name) and not os.path.lexists(target / entry.name):
+                os.rename(entry, target / entry.name)
+        shutil.rmtree(old)
+    except OSError as failure:
+        raise CheckpointError(
+            f"{target} is saved and whole, but what it replaced could not be cleared away ({failure}); it lies in {old}"
+        ) from failure
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -65,8 +65,8 @@ class LoadReport:
         missing: Parameters that no tensor filled and that were drawn anew (only with strict=False).
         unexpected: Tensors without a parameter (only with strict=False).
         ignored: Tensors that the key map says to ignore.
-        cast: Published name -> its type in the files, where that is not the type in the model. `save_weights(dtypes=)`
-            takes it to write the published types back.
+        cast: Published name -> its floating type in the files, where that is not the type in the model.
+            `save_weights(dtypes=)` takes it to write the published types back.
     """
 
     missing: tuple[str, ...] = ()
@@ -106,9 +106,11 @@ def load_weights(
 
     Raises:
         KeyMismatchError: Names or shapes that do not fit, all in one report. Nothing was allocated.
-        CheckpointError: Types that do not fit. Nothing was allocated.
+        CheckpointError: Types that do not fit, or a non-persistent buffer on meta, whose values no file has. Nothing was
+            allocated.
         NonFiniteWeightsError: A tensor holds NaN or infinity.
     """
+    _refuse_hidden_values(model)
     slots = _slots(model)
     ours = {name: tuple(slot.tensor.shape) for name, slot in slots.items()}
     steps, report = keys.compare(checkpoint.shapes, ours)
@@ -146,7 +148,8 @@ def load_weights(
                     _check_finite(target, piece, source, step.target)
     checkpoint.close()
     _report(model, checkpoint, report, cast, slots)
-    return LoadReport(tuple(report.missing), tuple(report.unexpected), tuple(report.ignored), cast)
+    floats = {name: stored for name, stored in cast.items() if _is_plain_float(stored)}
+    return LoadReport(tuple(report.missing), tuple(report.unexpected), tuple(report.ignored), floats)
 
 
 def save_weights(
@@ -243,6 +246,20 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
     for name, buffer in module._buffers.items():
         if buffer is not None and name not in module._non_persistent_buffers_set:
             yield name, buffer, False
+
+
+def _refuse_hidden_values(model: nn.Module) -> None:
+    hidden = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in sorted(module._non_persistent_buffers_set)
+        if (buffer := module._buffers.get(name)) is not None and buffer.is_meta
+    ]
+    if hidden:
+        raise CheckpointError(
+            f"buffers on meta that no checkpoint holds: {', '.join(collapse(hidden)[:5])}; compute them in forward, or "
+            f"build the model on its device"
+        )
 
 
 def _place(checkpoint: Checkpoint, step: Step) -> tuple[str, int]:
