@@ -460,8 +460,8 @@ def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def _global_norm(grads: list[Tensor]) -> Tensor:
     """The 2-norm over all gradients, accumulated in fp32 (or fp64), on the device of the first."""
     wide = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
-    norms = [torch.linalg.vector_norm(grad, dtype=wide).to(grads[0].device) for grad in grads]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    norms = torch._foreach_norm(grads, 2, dtype=wide)
+    return torch.linalg.vector_norm(torch.stack([norm.to(grads[0].device) for norm in norms]))
 
 
 def _named(group: Group) -> list[tuple[Tensor, str]]:

@@ -39,7 +39,7 @@ EPS = 1e-30  # only keeps 0 / 0 away; 1e-7 would leave gradients smaller than th
 
 # Long side / short side from which the Gram form is less work. Below 1.5 it would also diverge in bf16.
 GRAM_ASPECT = 1.5
-GRAM_ASPECT_BATCHED = 2.0  # for batches of small matrices, which gain nothing from symmetry
+GRAM_ASPECT_BATCHED = 3.0  # for batches of small matrices, which gain nothing from symmetry
 BATCHED_BELOW = 256  # short sides below this run as one batched product, larger ones one by one
 BATCH_BYTES = 16 * 2**20  # of one batched product, so that it stays near the caches
 
@@ -118,10 +118,18 @@ class Polynomial:
     Attributes:
         rows: (a, b, c) of each step.
         safety: The matrix is divided by this times its norm, so the first value lies in (0, 1 / safety].
+        restarts: Steps before which the Gram form computes x anew; None is 1, 3, 5, ..., which is safe for every table here.
     """
 
     rows: tuple[Triple, ...]
     safety: float = 1.0
+    restarts: tuple[int, ...] | None = None
+
+    @property
+    def stages(self) -> list[tuple[int, int]]:
+        """First step and end of each stage of the Gram form."""
+        inner = range(1, len(self.rows), 2) if self.restarts is None else self.restarts
+        return list(itertools.pairwise([0, *(step for step in inner if step < len(self.rows)), len(self.rows)]))
 
     def __call__(self, x: Tensor) -> Tensor:
         """The value for singular values x, which are already divided by norm and safety."""
@@ -178,7 +186,8 @@ PRESETS: dict[str, tuple[int, Callable[[int], Polynomial]]] = {
     "polar_express": (5, lambda steps: Polynomial(polar_coefficients(1e-3, steps), safety=1.02)),
     # The two below expect norm="schatten8", which starts the singular values closer to 1.
     "ps5": (5, lambda steps: Polynomial(polar_coefficients(2e-3, steps), safety=1.02)),
-    "ps4": (4, lambda steps: Polynomial(polar_coefficients(5e-3, steps), safety=1.02)),
+    # The first two polynomials of ps4 leave enough room for one restart to suffice: the least work of all.
+    "ps4": (4, lambda steps: Polynomial(polar_coefficients(5e-3, steps), safety=1.02, restarts=(2, 4, 5, 7, 9))),
     # Without safety factors: fp32 only.
     "polar_express_raw": (5, lambda steps: Polynomial(polar_coefficients(1e-3, steps, 0.02407327424182761, 1.0))),
     "cans": (5, lambda steps: Polynomial(polar_coefficients(1e-3, steps, 0.0, 1.0))),
@@ -316,7 +325,7 @@ class NewtonSchulz:
         """Products on [rows, cols] or [batch, rows, cols] with rows <= cols, contiguous."""
         scale = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=x.ndim == 3, dtype=torch.float64)
         x = _divide(x, scale * self.polynomial.safety + EPS)
-        return (_gram_form if gram else _standard_form)(x, self.polynomial.rows, self.norm == "schatten8")
+        return (_gram_form if gram else _standard_form)(x, self.polynomial, self.norm == "schatten8")
 
 
 def orthogonalize(
@@ -355,35 +364,35 @@ def orthogonalize(
         return NewtonSchulz.make(ns, steps, norm, dtype, form)(x).to(x.dtype)
 
 
-def _standard_form(x: Tensor, rows: Sequence[Triple], schatten: bool) -> Tensor:
-    for step, (a, b, c) in enumerate(rows):
+def _standard_form(x: Tensor, polynomial: Polynomial, schatten: bool) -> Tensor:
+    for step, (a, b, c) in enumerate(polynomial.rows):
         r = _symmetric(x, x.mT)
         if step == 0 and schatten:
             square = _symmetric(r, r)
             x, r, square = _schatten_divide(x, r, square)
-            z = r.mul_(b).add_(square, alpha=c)
+            z = _combine(b, r, c, square)
         else:
             z = _symmetric(r, r, add=r, beta=b, alpha=c)
         x = _addmm(x, z, x, beta=a)
     return x
 
 
-def _gram_form(x: Tensor, rows: Sequence[Triple], schatten: bool) -> Tensor:
+def _gram_form(x: Tensor, polynomial: Polynomial, schatten: bool) -> Tensor:
     """Stages of steps on R = x x^T; a stage collects its steps in a matrix Q, and ends with x <- Q x.
 
     In bf16 R drifts away from what x x^T would be, and the iteration diverges after more than a few steps. So x is
     brought up to date after the first and then after every second step.
     """
     first = True
-    for start, stop in _stages(len(rows)):
+    for start, stop in polynomial.stages:
         r = _symmetric(x, x.mT)
         q = None
         for step in range(start, stop):
-            a, b, c = rows[step]
+            a, b, c = polynomial.rows[step]
             if first and schatten:
                 square = _symmetric(r, r)
                 x, r, square = _schatten_divide(x, r, square)
-                z = (b * r).add_(square, alpha=c)
+                z = _combine(b, r, c, square)
             else:
                 z = _symmetric(r, r, add=r, beta=b, alpha=c)
             first = False
@@ -400,15 +409,6 @@ def _gram_form(x: Tensor, rows: Sequence[Triple], schatten: bool) -> Tensor:
     return x
 
 
-def _stages(num_steps: int) -> list[tuple[int, int]]:
-    """[0, 1), [1, 3), [3, 5), ...
-
-    The first step stands alone: its slope of about 8 also magnifies what rounding does to R, and a second step on that R blows up
-    where singular values fall off like those of real gradients (1, 1/4, 1/9, ...: 3,700 instead of 1).
-    """
-    return list(itertools.pairwise([0, *range(1, num_steps, 2), num_steps]))
-
-
 def _schatten_divide(x: Tensor, r: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Divide by 1.02 times the Schatten-8 norm, (sum of s^8)^(1/8) = ||(x x^T)^2||_F^(1/4), which bounds the largest
     s.
@@ -423,6 +423,16 @@ def _divide(x: Tensor, scale: Tensor) -> Tensor:
     if x.dtype == torch.float64 or x.ndim == 2:  # a 0-dim divisor takes part in full precision
         return x / scale
     return (x.float() / scale.float()).to(x.dtype)  # three fast passes; one pass of mixed dtypes takes longer on CPUs
+
+
+def _combine(b: float, r: Tensor, c: float, square: Tensor) -> Tensor:
+    """b r + c square, rounded once.
+
+    In separate operations of fp32: a fused one rounds the last elements of a row of vector registers differently in bf16, so
+    a result would depend on its place in the batch.
+    """
+    wide = torch.promote_types(r.dtype, torch.float32)
+    return (r.to(wide) * b + square.to(wide) * c).to(r.dtype)
 
 
 def _addmm(add: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> Tensor:
