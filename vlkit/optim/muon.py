@@ -235,6 +235,11 @@ class Muon(torch.optim.Optimizer):
                 self._adamw_step(group, parameters, grads)
         return loss
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle; the base class would leave out what is not of the groups."""
+        own = ("max_grad_norm", "skipped_steps", "last_step_skipped", "last_grad_norm")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
     # The stages of a step
 
     def _check_gradients(self, grads: list[Tensor]) -> float | None:
