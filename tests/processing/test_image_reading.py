@@ -114,6 +114,10 @@ def test_a_16_bit_file_keeps_its_greys() -> None:
     assert read_image(levels).tobytes() == read.tobytes()
 
 
+def test_floats_are_rounded_not_cut_off() -> None:
+    assert read_image(np.array([[100.6 / 255]])).getpixel((0, 0)) == (101, 101, 101)
+
+
 def test_orientation_is_applied_once() -> None:
     image = gradient(4, 6)
     exif = Image.Exif()

@@ -18,7 +18,7 @@ from vlkit.errors import (
     SequenceTooLongError,
     TemplateError,
 )
-from vlkit.processing import CHAT_FORMATS, ImageRule, Processor, ProcessorConfig, pack_images
+from vlkit.processing import CHAT_FORMATS, ByteTokenizer, ImageRule, Processor, ProcessorConfig, pack_images
 
 PROCESSOR = Processor(ProcessorConfig(image=ImageRule(patch_size=4)))
 
@@ -152,11 +152,11 @@ def test_labels_need_an_answer() -> None:
 
 
 def test_long_sequences_are_refused_not_cut() -> None:
-    processor = Processor(PROCESSOR.config.replace(max_length=9))
+    processor = Processor(PROCESSOR.config.replace(max_length=8))
     longest = question("a", picture(8, 9))  # role, begin, 2 tokens, end, a, close, role: 8
 
     assert processor([longest]).ids.layout.lengths == (8,)
-    with pytest.raises(SequenceTooLongError, match=r"10 tokens \(2 of them for 1 images\); at most 9"):
+    with pytest.raises(SequenceTooLongError, match=r"10 tokens \(2 of them for 1 images\); at most 8"):
         processor([question("abc", picture(8, 9))])
 
 
@@ -194,6 +194,42 @@ def test_a_broken_processor_file_is_refused(content: str, match: str, tmp_path: 
 
     with pytest.raises(ConfigError, match=match):
         Processor.from_pretrained(tmp_path)
+
+
+def test_a_repository_gives_its_small_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    PROCESSOR.save_pretrained(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+
+    processor = Processor.from_pretrained("owner/name-1.5", revision="abc", local_files_only=True)
+
+    assert processor.config == PROCESSOR.config
+    assert (asked["name"], asked["revision"], asked["local_files_only"]) == ("owner/name-1.5", "abc", True)
+    assert "processor.json" in asked["allow_patterns"]
+    assert not any(".py" in pattern or "safetensors" in pattern for pattern in asked["allow_patterns"])
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./a/b", "a/b/c", "../b", ""])
+def test_what_is_neither_folder_nor_repository_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="no such folder, and no repository name"):
+        Processor.from_pretrained(name)
+
+
+def test_a_tokenizer_that_is_not_the_configs_is_refused(tmp_path: Path) -> None:
+    class Words:
+        special, vocab_size, files = ByteTokenizer().special, 320, {}
+
+    with pytest.raises(ConfigError, match="tokenizer is 'bytes', but a Words was given"):
+        Processor(PROCESSOR.config, Words())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="tokenizer is 'files', but a ByteTokenizer was given"):
+        Processor(PROCESSOR.config.replace(tokenizer="files"), ByteTokenizer())
+    with pytest.raises(ConfigError, match="the Words has no files"):
+        Processor(PROCESSOR.config.replace(tokenizer="files"), Words()).save_pretrained(tmp_path)
 
 
 def test_a_folder_without_a_processor_is_refused(tmp_path: Path) -> None:

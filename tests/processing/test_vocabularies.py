@@ -242,6 +242,52 @@ def test_missing_fields_in_a_published_file_are_not_guessed(tmp_path: Path) -> N
         Processor.from_pretrained(kimi_folder(tmp_path, fields))
 
 
+QWEN2_IMAGE_FILE = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+
+@pytest.mark.parametrize("third", [False, True], ids=["qwen2-vl", "qwen3-vl"])
+def test_the_processor_of_qwen_vl_loads_from_its_published_files(third: bool, tmp_path: Path) -> None:
+    fields: dict[str, Any] = dict(QWEN2_IMAGE_FILE)
+    if third:
+        del fields["min_pixels"], fields["max_pixels"]
+        fields.update(patch_size=16, size={"shortest_edge": 65536, "longest_edge": 16777216})
+        (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
+    for file, source in FILES["qwen3"].items():
+        shutil.copy(asset(source), tmp_path / file)
+    image = Image.fromarray(np.zeros((1080, 1920, 3), np.uint8))
+
+    processor = Processor.from_pretrained(tmp_path)
+    batch = processor(
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Hi"}]}]
+    )
+
+    assert batch.patches is not None
+    assert batch.patches.layout.grids == ((1, 68, 120) if third else (1, 78, 138),)
+    tokens = 34 * 60 if third else 39 * 69
+    system = "" if third else "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    text = (
+        f"{system}<|im_start|>user\n<|vision_start|>{'<|image_pad|>' * tokens}<|vision_end|>Hi<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert batch.ids.tokens.tolist() == processor.tokenizer.encode(text, allow_special=True)
+    assert processor.stop_ids == (151645, 151643)
+
+
+def test_unknown_published_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="image_processor_type 'New' is not known"):
+        Processor.from_pretrained(kimi_folder(tmp_path, {"image_processor_type": "New"}))
+
+
 def test_labels_with_a_published_vocabulary(tmp_path: Path) -> None:
     processor = Processor.from_pretrained(kimi_folder(tmp_path, KIMI_IMAGE_FILE))
 

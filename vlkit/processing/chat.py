@@ -96,32 +96,53 @@ class ChatFormat(Config):
         return list(dict.fromkeys((self.image_token, *self.stop, *self.answer_tokens, *found)))
 
 
-def _turns(template: str, suffix: str, roles: Sequence[str]) -> tuple[Turn, ...]:
+def _turns(template: str, suffix: str) -> tuple[Turn, ...]:
+    roles = ("system", "user", "assistant")
     return tuple(Turn(role=role, prefix=template.format(role=role), suffix=suffix) for role in roles)
 
 
+_KIMI = ChatFormat(
+    turns=_turns("<|im_{role}|>{role}<|im_middle|>", "<|im_end|>"),
+    image_prefix="<|media_start|>image<|media_content|>",
+    image_token="<|media_pad|>",
+    image_suffix="<|media_end|>",
+    default_system="You are a helpful assistant",
+    stop=("<|im_end|>", "[EOS]"),
+)
+_CHATML = ChatFormat(
+    turns=_turns("<|im_start|>{role}\n", "<|im_end|>\n"),
+    image_prefix="<|vision_start|>",
+    image_token="<|image_pad|>",
+    image_suffix="<|vision_end|>",
+    default_system="You are a helpful assistant.",
+    stop=("<|im_end|>", "<|endoftext|>"),
+)
 CHAT_FORMATS: dict[str, ChatFormat] = {
     # Kimi-VL, arXiv:2504.07491, as its Hub repository writes conversations: no line breaks, no BOS.
-    "kimi": ChatFormat(
-        turns=_turns("<|im_{role}|>{role}<|im_middle|>", "<|im_end|>", ("system", "user", "assistant")),
-        image_prefix="<|media_start|>image<|media_content|>",
-        image_token="<|media_pad|>",
-        image_suffix="<|media_end|>",
-        default_system="You are a helpful assistant",
-        stop=("<|im_end|>", "[EOS]"),
+    "kimi": _KIMI,
+    # The same where thoughts end with a mark: earlier answers are shown without them.
+    "kimi-thinking": _KIMI.replace(thinking_end="◁/think▷"),
+    # Qwen2-VL and Qwen2.5-VL, arXiv:2409.12191. What closes an answer includes its line break, as in Qwen's own training.
+    "chatml": _CHATML,
+    "qwen3-vl": _CHATML.replace(default_system=None, answer_tokens=("<think>", "</think>")),
+    # AndesVL, arXiv:2510.11496. Its vocabulary is Qwen3's with the two marks around an image renamed.
+    "andesvl": _CHATML.replace(
+        image_prefix="<img>",
+        image_token="<|vision_pad|>",
+        image_suffix="</img>",
+        default_system=None,
+        answer_tokens=("<think>", "</think>"),
     ),
-    # Qwen2-VL and Qwen2.5-VL. Qwen3-VL is the same without the default system turn.
-    "chatml": ChatFormat(
-        turns=_turns("<|im_start|>{role}\n", "<|im_end|>\n", ("system", "user", "assistant")),
-        image_prefix="<|vision_start|>",
-        image_token="<|image_pad|>",
-        image_suffix="<|vision_end|>",
-        default_system="You are a helpful assistant.",
-        stop=("<|im_end|>", "<|endoftext|>"),
+    # Qwen-VL-Chat, arXiv:2308.12966.
+    "qwen-vl": _CHATML.replace(
+        image_prefix="Picture {number}: <img>",
+        image_token="<imgpad>",
+        image_suffix="</img>\n",
+        stop=("<|im_end|>", "<|im_start|>", "<|endoftext|>"),
     ),
     # vlkit's own, for the byte tokenizer: as few ids as possible.
     "plain": ChatFormat(
-        turns=_turns("<|im_{role}|>", "<|im_end|>", ("system", "user", "assistant")),
+        turns=_turns("<|im_{role}|>", "<|im_end|>"),
         image_prefix="<|media_start|>",
         image_token="<|media_pad|>",
         image_suffix="<|media_end|>",

@@ -61,6 +61,10 @@ class Processor:
                     "ProcessorConfig.tokenizer is 'files': give the tokenizer too, or use Processor.from_pretrained"
                 )
             tokenizer = ByteTokenizer()
+        if isinstance(tokenizer, ByteTokenizer) != (self.config.tokenizer == "bytes"):
+            raise ConfigError(
+                f"ProcessorConfig.tokenizer is {self.config.tokenizer!r}, but a {type(tokenizer).__name__} was given"
+            )
         self.tokenizer = tokenizer
         chat = self.config.chat
         self._template = None if self.config.template is None else ChatTemplate(self.config.template)
@@ -185,6 +189,10 @@ class Processor:
 
     def write_files(self, folder: str | os.PathLike[str]) -> None:
         """Write the files into a folder that exists: those of the checkpoint it came from, or processor.json."""
+        if self.config.tokenizer == "files" and not self.tokenizer.files:
+            raise ConfigError(
+                f"the {type(self.tokenizer).__name__} has no files, so the processor could not be read again"
+            )
         files = {**self.tokenizer.files, **self._hub_files}
         if not self._hub_files:
             files[PROCESSOR_FILE] = (json.dumps(self.config.to_dict(), indent=2, ensure_ascii=False) + "\n").encode()
@@ -192,14 +200,32 @@ class Processor:
             (Path(folder) / name).write_bytes(content)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
-        """The processor of a folder: vlkit's own processor.json, or the files of a published checkpoint.
+    def from_pretrained(
+        cls,
+        repo_or_folder: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """The processor of a folder or repository: vlkit's own processor.json, or the files of a published checkpoint.
+
+        Args:
+            repo_or_folder: A folder, or a repository of the Hub, "owner/name".
+            revision: Branch, tag or commit on the Hub; all files are of the one commit that it means now.
+            cache_dir: Where the Hub client keeps its files.
+            token: For private and gated repositories; by default what the Hub client knows.
+            local_files_only: Use the cache alone.
 
         Raises:
-            ConfigError: Neither is there, or a file is malformed.
+            ConfigError: There are no such files, or one is malformed.
             TokenError: The vocabulary is missing or broken.
+            OSError: What the Hub client raises.
         """
-        path = Path(folder)
+        path = hub_files.resolve(
+            repo_or_folder, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+        )
         if (path / PROCESSOR_FILE).is_file():
             values = read_json(path / PROCESSOR_FILE)
             try:
@@ -208,7 +234,7 @@ class Processor:
                 raise ConfigError(f"{path / PROCESSOR_FILE}: {error}") from error
             return cls(config, ByteTokenizer() if config.tokenizer == "bytes" else load_tokenizer(path))
         config = hub_files.processor_config(path)
-        kept = {name: (path / name).read_bytes() for name in hub_files.FILES if (path / name).is_file()}
+        kept = {name: (path / name).read_bytes() for name in hub_files.KEPT_FILES if (path / name).is_file()}
         return cls(config, load_tokenizer(path), hub_files=kept)
 
 
