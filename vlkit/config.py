@@ -104,7 +104,7 @@ def _read_hints(cls: type[Config]) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
-_hints: Callable[[type[Config]], dict[str, Any]] = cache(_read_hints)
+_hints: Callable[[type[Config]], dict[str, Any]] = cache(_read_hints)  # type: ignore[assignment]
 
 
 def _refuse_unknown(cls: type[Config], values: Mapping[str, Any]) -> None:
