@@ -14,6 +14,9 @@ import typer
 if TYPE_CHECKING:
     from torch import nn
 
+    from vlkit.models import VisionLanguageModel
+    from vlkit.processing import ImageRule
+
 app = typer.Typer(
     name="vlkit",
     help="Building blocks for vision-language models.",
@@ -35,22 +38,30 @@ def main() -> None:
         sys.exit(f"vlkit: {error}")
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from vlkit.version import __version__
 
         typer.echo(f"vlkit {__version__}")
         raise typer.Exit
 
 
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Building blocks for vision-language models."""
+
+
 @app.command()
 def demo(
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to train.")] = 140.0,
     optimizer: Annotated[Literal["muon", "adamw"], typer.Option(help="Rule for the hidden matrices.")] = "muon",
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate; by default what suits the optimizer.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate; by default what suits the optimizer.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights and data.")] = 0,
     vision: Annotated[str | None, typer.Option(help="A tower of `vlkit list`; by default a small MoonViT.")] = None,
     projector: Annotated[str | None, typer.Option(help="A projector; by default a small pixel shuffle.")] = None,
@@ -59,9 +70,11 @@ def demo(
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes what suits this machine.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the model and the page.")] = Path("vlkit-demo"),
 ) -> None:
-    """Train a small Kimi-VL-style model on handwritten digits, save it, load it again and show what it reads.
+    """Train a small model to read handwriting, here and now.
 
-    Ctrl-C stops the training and keeps what was learnt.
+    Composes a small Kimi-VL (MoonViT, pixel shuffle, experts), trains it on strips of real handwritten digits, saves
+    it, loads it in a fresh process, and writes a page with what it read of strips by writers whom it never saw. Ctrl-C
+    stops the training and keeps what was learnt.
     """
     from vlkit.demo.run import Options, run
 
@@ -102,9 +115,7 @@ def generate(
     if prompt:
         content.append({"type": "text", "text": prompt})
     batch = processor([{"role": "user", "content": content}]).to(device)
-    answer = network.generate(
-        batch, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-    )[0]
+    answer = network.generate(batch, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)[0]
     typer.echo(processor.decode(answer))
 
 
@@ -120,7 +131,9 @@ def list_(
     if not any(found.values()):
         from vlkit.errors import UnknownModelError
 
-        raise UnknownModelError(f"no name fits {pattern!r}; `vlkit list` shows all, and '*{pattern}*' looks inside names")
+        raise UnknownModelError(
+            f"no name fits {pattern!r}; `vlkit list` shows all, and '*{pattern}*' looks inside names"
+        )
     width = max(len(name) for names in found.values() for name in names)
     first = True
     for heading, names in found.items():
@@ -149,7 +162,10 @@ def info(
     image: Annotated[str, typer.Option(metavar="WxH", help="Price of an image of this size, in pixels.")] = "1024x768",
     depth: Annotated[int, typer.Option(min=1, help="Levels of the tree.")] = 3,
 ) -> None:
-    """Show what a model is made of: parts, parameters, memory, and the tokens of an image."""
+    """Show the parts, parameters and memory of a model.
+
+    And how many tokens an image becomes.
+    """
     from vlkit import registry
     from vlkit.summary import count, image_cost, memory, short, tree
 
@@ -174,6 +190,15 @@ def info(
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         typer.echo(f"{label:<{width}}  {text}")
+
+
+def _saved(folder: Path) -> tuple[VisionLanguageModel, ImageRule]:
+    """A saved model without its weights, and how its processor sizes images."""
+    from vlkit.models.factory import create_model
+    from vlkit.models.pretrained import read_config
+    from vlkit.processing import Processor
+
+    return create_model(read_config(folder), device="meta"), Processor.from_pretrained(folder).config.image
 
 
 def _parse_size(text: str) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """What a model is made of, as text that people can look at: a tree of parts with parameters, memory, and the price of an image.
 
-    model -> Row, Row, ... -> aligned lines
+model -> Row, Row, ... -> aligned lines
 """
 
 from __future__ import annotations
@@ -118,16 +118,22 @@ def memory(model: VisionLanguageModel) -> list[tuple[str, str]]:
         for side in row:
             size *= side
         values += size
-    values *= len(model.llm.blocks)  # type: ignore[arg-type]
+    values *= len(model.llm.blocks)
     lines = [
         ("weights", f"{num_bytes(2 * total)} in bf16, {num_bytes(4 * total)} in fp32"),
-        # fp32 weights and gradients, and one (Muon) or two (AdamW) fp32 buffers; the few AdamW parameters beside Muon are not told apart
-        ("to train in fp32", f"about {num_bytes(12 * total)} with Muon, {num_bytes(16 * total)} with AdamW, and activations"),
+        # fp32 weights and gradients, and one (Muon) or two (AdamW) fp32 buffers; what AdamW has beside Muon is little
+        (
+            "to train in fp32",
+            f"about {num_bytes(12 * total)} with Muon, {num_bytes(16 * total)} with AdamW, and activations",
+        ),
     ]
     if values:
         longest = model.config.llm.max_positions  # type: ignore[attr-defined]
         lines.append(
-            ("cache in bf16", f"{num_bytes(2 * values)} per token, {num_bytes(2 * values * longest)} for {longest:,} tokens")
+            (
+                "cache in bf16",
+                f"{num_bytes(2 * values)} per token, {num_bytes(2 * values * longest)} for {longest:,} tokens",
+            )
         )
     return lines
 

@@ -39,7 +39,11 @@ class ProgressLine:
                 self._rewrite(self._text(history, done, left))
         elif done >= self._next_plain:
             self._next_plain = done - done % PLAIN_EVERY + PLAIN_EVERY
-            print(f"{100 * min(done, 1):3.0f}%  {self._text(history, done, left, bar=False)}", file=self.stream, flush=True)
+            print(
+                f"{100 * min(done, 1):3.0f}%  {self._text(history, done, left, bar=False)}",
+                file=self.stream,
+                flush=True,
+            )
 
     def finish(self) -> None:
         """Leave the line as it is and go on below it."""

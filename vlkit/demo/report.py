@@ -1,6 +1,6 @@
 """One HTML page that holds all it shows: strips with answers and mistakes, curves, expert load.
 
-    Result -> render -> text of index.html, without a single outside resource
+Result -> render -> text of index.html, without a single outside resource
 """
 
 from __future__ import annotations
@@ -98,7 +98,11 @@ def render(result: Result) -> str:
     exact = result.num_exact / max(len(result.readings), 1)
     right, aligned = result.digits
     tiles = [
-        (_percent(exact), "whole strings right", f"{result.num_exact} of {len(result.readings)} strips by unseen writers"),
+        (
+            _percent(exact),
+            "whole strings right",
+            f"{result.num_exact} of {len(result.readings)} strips by unseen writers",
+        ),
         (_percent(right / max(aligned, 1)), "digits right", "where the answer has the right length"),
         (f"{result.steps[-1].seconds:.0f} s" if result.steps else "0 s", "of training", _training_note(result)),
     ]
@@ -119,7 +123,8 @@ def render(result: Result) -> str:
         tree=html.escape(result.tree),
         facts="".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in result.facts),
         commands="".join(
-            f"<p>{html.escape(what)}</p><pre><code>{html.escape(command)}</code></pre>" for what, command in result.commands
+            f"<p>{html.escape(what)}</p><pre><code>{html.escape(command)}</code></pre>"
+            for what, command in result.commands
         ),
     )
 
@@ -183,15 +188,15 @@ def _confusions(readings: Sequence[Reading]) -> str:
     counts = [[0] * 10 for _ in range(10)]
     for reading in readings:
         if len(reading.answer) == len(reading.strip.text) and reading.answer.isdecimal() and reading.answer.isascii():
-            for written, read in zip(reading.strip.text, reading.answer, strict=True):
-                counts[int(written)][int(read)] += 1
+            for true, read in zip(reading.strip.text, reading.answer, strict=True):
+                counts[int(true)][int(read)] += 1
     head = "".join(f"<th>{digit}</th>" for digit in range(10))
     rows = []
     for written, row in enumerate(counts):
         total = max(sum(row), 1)
         cells = "".join(
-            f'<td class="{"hit" if read == written else "miss"}" style="--share:{count / total:.3f}">{count or ""}</td>'
-            for read, count in enumerate(row)
+            f'<td class="{"hit" if column == written else "miss"}" style="--share:{count / total:.3f}">{count or ""}</td>'
+            for column, count in enumerate(row)
         )
         rows.append(f"<tr><th>{written}</th>{cells}</tr>")
     return f'<table class="confusions"><tr><th></th>{head}</tr>{"".join(rows)}</table>'

@@ -1,6 +1,6 @@
 """`vlkit demo`, from the parts to the page.
 
-    compose -> train -> save -> transcribe in a fresh process -> index.html
+compose -> train -> save -> transcribe in a fresh process -> index.html
 """
 
 from __future__ import annotations
@@ -139,7 +139,10 @@ def run(options: Options) -> Path:
         facts=_facts(options, model, history, time.perf_counter() - begin),
         commands=[
             ("Ask the saved model about one of the strips:", generate),
-            ("Learn with AdamW instead, or with another decoder:", "vlkit demo --optimizer adamw\nvlkit demo --llm qwen3-tiny"),
+            (
+                "Learn with AdamW instead, or with another decoder:",
+                "vlkit demo --optimizer adamw\nvlkit demo --llm qwen3-tiny",
+            ),
             ("See what can be swapped, and what the real Kimi-VL is made of:", "vlkit list\nvlkit info kimi-vl-a3b"),
         ],
         stopped=history.stopped,
@@ -163,11 +166,20 @@ def build_model(options: Options) -> VisionLanguageModel:
     vision: Config = VISION if options.vision is None else _named("vision", options.vision)
     llm: Config = LLM if options.llm is None else _named("llm", options.llm)
     projector: Config = PROJECTOR if options.projector is None else _named("projector", options.projector)
-    needed, found = ByteTokenizer.vocab_size, llm.vocab_size  # type: ignore[attr-defined]
-    if found < needed:
-        raise ConfigError(f"--llm {options.llm}: a vocabulary of {found} ids; the demo's byte tokenizer has {needed}")
+    check_vocabulary(llm)
     fitted = projector.replace(in_dim=vision.out_dim, out_dim=llm.dim)  # type: ignore[attr-defined]
     return compose(vision=vision, projector=fitted, llm=llm)
+
+
+def check_vocabulary(llm: Config) -> None:
+    """Refuse a decoder that cannot write the demo's answers.
+
+    Raises:
+        ConfigError: Its vocabulary is smaller than the byte tokenizer's.
+    """
+    needed, found = ByteTokenizer.vocab_size, llm.vocab_size  # type: ignore[attr-defined]
+    if found < needed:
+        raise ConfigError(f"{type(llm).__name__}: a vocabulary of {found} ids; the demo's byte tokenizer has {needed}")
 
 
 def _named(kind: str, name: str) -> Config:
@@ -181,7 +193,9 @@ def prepare_folder(folder: Path) -> Path:
         CheckpointError: It holds something that the demo did not make.
     """
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARK).is_file())):
-        raise CheckpointError(f"{folder} exists and was not made by the demo; move it away, or choose another with --out")
+        raise CheckpointError(
+            f"{folder} exists and was not made by the demo; move it away, or choose another with --out"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for made in ("model", "strips"):
         shutil.rmtree(folder / made, ignore_errors=True)
@@ -226,7 +240,12 @@ def _title(model: VisionLanguageModel) -> str:
 
 def _facts(options: Options, model: VisionLanguageModel, history: History, wall: float) -> list[tuple[str, str]]:
     last = history.steps[-1] if history.steps else None
-    speed = f"{last.samples / last.seconds:.0f} strips, {history.tokens / last.seconds:,.0f} decoder tokens per second" if last else "-"
+    speed = "-"
+    if last:
+        speed = (
+            f"{last.samples / last.seconds:.0f} strips, {history.tokens / last.seconds:,.0f} decoder tokens per second"
+        )
+    software = f"vlkit {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     return [
         ("parameters", f"{model.num_parameters():,}, active {model.num_parameters(active=True):,}"),
         ("optimizer", options.optimizer),
@@ -237,7 +256,8 @@ def _facts(options: Options, model: VisionLanguageModel, history: History, wall:
         ("whole command until here", f"{wall:.0f} s"),
         ("trained on", f"{len(load_digits('seen').labels):,} digits from ten forms, varied"),
         ("judged on", f"{len(load_digits('unseen').labels)} digits from four other forms, as they were written"),
-        ("software", f"vlkit {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} thread(s)"),
+        ("software", software),
+        ("threads", str(torch.get_num_threads())),
         ("command", shlex.join(["vlkit", *sys.argv[1:]])),
     ]
 

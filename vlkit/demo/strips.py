@@ -1,6 +1,6 @@
 """Strips: one to five handwritten digits side by side, and what they say.
 
-    digits [8, 8] -> each turned, sheared and scaled to 8..16 pixels -> pasted with gaps and offsets -> pixels [rows, columns]
+digits [8, 8] -> each turned, sheared and scaled to 8..16 pixels -> pasted with gaps and offsets -> pixels [rows, columns]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from vlkit.demo.digits import Digits
 
 MAX_DIGITS = 5
 MIN_SIDE, MAX_SIDE = 8, 16  # of a digit, in pixels
+MAX_ROWS = 16  # of a strip: one row of tokens where four patches of 8 pixels become one
 _CANVAS = MAX_SIDE + 2  # a digit may lean out of its box by a pixel
 
 
@@ -77,7 +78,8 @@ def make_strips(
     drawn = _draw(digits.images[chosen], sides, variation, random)
     gaps = random.integers(0, 4, total)
     offsets = random.uniform(0, 1, total)
-    margins = random.integers(0, 4, (count, 4))  # left, right, top, bottom
+    margins = random.integers(0, 4, (count, 2))  # left, right
+    spare = random.integers(0, 4, count)  # rows above or below the largest digit
     inks = random.uniform(0.55, 1.0, count)
     grounds = random.uniform(0.0, 0.15, count)
 
@@ -85,15 +87,15 @@ def make_strips(
     first = 0
     for item in range(count):
         last = first + int(lengths[item])
-        left, right, top, bottom = margins[item]
+        left, right = margins[item]
         own = sides[first:last]
-        band = int(own.max()) + 3  # rows in which the digits may lie
+        rows = min(int(own.max() + spare[item]), MAX_ROWS)
         columns = left + right + int(own.sum() + gaps[first : last - 1].sum())
-        ink = np.zeros((top + bottom + band + 2, columns + 2), np.float32)  # one pixel more all round, cut off below
+        ink = np.zeros((rows + 2, columns + 2), np.float32)  # one pixel more all round, cut off below
         x = left
         for index in range(first, last):
             side = int(sides[index])
-            y = top + round(float(offsets[index]) * (band - side))
+            y = round(float(offsets[index]) * (rows - side))
             edge = (MAX_SIDE - side) // 2
             box = drawn[index, edge : edge + side + 2, edge : edge + side + 2]
             place = ink[y : y + side + 2, x : x + side + 2]
@@ -118,7 +120,9 @@ def _draw(
     angle, shear = np.deg2rad(vary(variation.rotation)), vary(variation.shear)
     down = np.stack([-np.sin(angle), np.cos(angle)], axis=-1) / (1 + vary(variation.stretch))[:, None]
     across = np.stack([np.cos(angle), np.sin(angle)], axis=-1) / (1 + vary(variation.stretch))[:, None]
-    turn = np.stack([across + shear[:, None] * down, down], axis=1)  # [digits, (x, y) of the digit, (x, y) of the canvas]
+    turn = np.stack(
+        [across + shear[:, None] * down, down], axis=1
+    )  # [digits, (x, y) of the digit, (x, y) of the canvas]
     # A digit of an odd side has its middle half a pixel up and left of the canvas's, so that boxes are cut at whole pixels.
     move = (sides % 2 / 2)[:, None] + np.stack([vary(variation.shift), vary(variation.shift)], axis=-1)
     # Both canvas and digit reach from -1 to 1.

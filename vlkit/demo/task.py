@@ -1,7 +1,7 @@
 """The task: a strip and a short prompt in, its digits out. How strips become batches, and answers become scores.
 
-    strips -> Batch with labels (training: one pass over the pixels, no pictures in between)
-    strips -> Processor -> Batch -> model.generate -> answers
+strips -> Batch with labels (training: one pass over the pixels, no pictures in between)
+strips -> Processor -> Batch -> model.generate -> answers
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def picture(strip: Strip) -> Image.Image:
 class StripPacker:
     """Strips to training batches: the processor's own rules, applied to arrays.
 
-    The processor reads pictures of any kind, one by one. Here all are grey arrays that keep their size, and the text around them is
-    always the same, so a batch of 64 takes a few milliseconds less. A test holds that the two agree to the bit.
+    The processor reads pictures of any kind, one by one. Here all are grey arrays that keep their size, and the text
+    around them is always the same, so a batch takes a fraction of the time. A test holds that the two agree to the bit.
 
     Raises:
         ConfigError: From the processor, if its format cannot write the conversation.

@@ -1,6 +1,6 @@
 """Training for a given time: strips made ahead in a thread, a learning rate that follows the clock, looks at unseen writers.
 
-    make_strips -> StripPacker -> queue -> model(batch).loss -> Muon -> history
+make_strips -> StripPacker -> queue -> model(batch).loss -> Muon -> history
 """
 
 from __future__ import annotations
@@ -153,12 +153,16 @@ def balance(routers: list[Router], routing: tuple[Routing, ...]) -> None:
     if not routers:
         return
     for router, chosen in zip(routers, routing, strict=True):
+        assert router.bias is not None
         load = chosen.load(router.weight.shape[0]).float()
         router.bias += BALANCE_RATE * (load.mean() - load).sign()
 
 
 class BatchMaker:
-    """Makes the next batches while the model learns from this one. Batch number n depends on the seed, n and its longest strip alone."""
+    """Makes the next batches while the model learns from this one.
+
+    Batch number n depends on the seed, n and its longest strip alone.
+    """
 
     def __init__(self, processor: Processor, batch_size: int, seed: int, *, ahead: int = 3) -> None:
         self._pack = StripPacker(processor)
