@@ -327,6 +327,13 @@ def test_another_family_is_recognised() -> None:
     assert "another family" in report_of({"h.0.attn": (2, 2)}, wanted())
 
 
+def test_a_fused_tensor_with_a_part_that_the_model_lacks_is_refused() -> None:
+    ours = wanted()
+    del ours["blocks.1.k"]
+
+    assert "l.1.qkv also makes blocks.1.k, which the model does not have" in report_of(published(), ours)
+
+
 def test_two_rules_for_one_name_are_refused_both_ways() -> None:
     keys = KeyMap(rename("a.{x}", "b.{x}"), rename("a.w", "c.w"), rename("d.{x}", "b.w{x}"))
 

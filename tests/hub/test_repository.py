@@ -61,8 +61,11 @@ def test_a_repository_is_fetched_once_and_then_found_offline(tmp_path: Path) -> 
     offline = {"HF_HUB_OFFLINE": "1"}
     again, incomplete = hub.fetch(tmp_path / "home", MODEL, small | {"weights": True}, env=offline)
     assert again == found
-    assert "HF_HUB_OFFLINE=1 is set: unset it to download lab/model" in incomplete["message"]
-    assert hub.fetch(tmp_path / "home", MODEL | {"local_files_only": True}) == [found]
+    assert "HF_HUB_OFFLINE is set: unset it to download lab/model" in incomplete["message"]
+    local = {"local_files_only": True}
+    again, nothing = hub.fetch(tmp_path / "home", MODEL | local, {"repo_or_folder": "lab/nothing"} | local)
+    assert again == found
+    assert "local_files_only=True keeps it from being downloaded" in nothing["message"]
 
 
 def test_all_files_are_of_one_commit_though_the_branch_moves(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def test_a_tensor_at_an_odd_offset_is_read(tmp_path: Path) -> None:
     found = read_all(raw_file(tmp_path / "file", header, data))
 
     assert found["floats"].tolist() == [1.0, 2.0]
+    assert found["floats"].data_ptr() % 4 == 0
 
 
 def test_a_read_tensor_is_a_view_of_the_file_and_never_writes_to_it(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ errors pass through with a hint at the end of their message.
 from __future__ import annotations
 
 import fnmatch
-import os
 from pathlib import Path
 from typing import NoReturn
 
@@ -78,14 +77,14 @@ def resolve(
         if weights:
             for patterns in _weight_patterns(folder, allow_pickle):
                 if not local_files_only:
-                    _check_download(name, folder, patterns, cache_dir, token)
+                    _check_download(name, folder, patterns, token)
                 fetch(folder.name, patterns)  # the commit, so that a branch that moves meanwhile changes nothing
                 if any(fnmatch.fnmatch(entry.name, pattern) for pattern in patterns for entry in folder.iterdir()):
                     break
     except CheckpointError:
         raise
     except (OSError, ValueError) as failure:
-        _explain(name, failure)
+        _explain(name, failure, local_files_only)
     return folder
 
 
@@ -99,9 +98,7 @@ def _weight_patterns(folder: Path, allow_pickle: bool) -> list[list[str]]:
     return choices
 
 
-def _check_download(
-    name: str, folder: Path, patterns: list[str], cache_dir: str | Path | None, token: str | bool | None
-) -> None:
+def _check_download(name: str, folder: Path, patterns: list[str], token: str | bool | None) -> None:
     """Refuse a download that does not fit, where the Hub says how large it is."""
     from huggingface_hub import HfApi
 
@@ -121,9 +118,9 @@ def _check_download(
     check_space(folder, sum(sizes.values()), f"downloading {len(sizes)} files of {name}")
 
 
-def _explain(name: str, failure: OSError | ValueError) -> NoReturn:
+def _explain(name: str, failure: OSError | ValueError, local_files_only: bool) -> NoReturn:
     """Raise the Hub client's error again, with what to do at the end of its message."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     hint = ""
     answer = getattr(failure, "response", None) or getattr(failure.__cause__, "response", None)
@@ -135,13 +132,13 @@ def _explain(name: str, failure: OSError | ValueError) -> NoReturn:
     elif isinstance(failure, errors.RepositoryNotFoundError) or status == 401:
         hint = f"Check the name {name!r}; if it is private or gated, set HF_TOKEN (or pass token=)."
     elif isinstance(failure, errors.LocalEntryNotFoundError):
-        offline = os.environ.get("HF_HUB_OFFLINE")
-        hint = (
-            f"HF_HUB_OFFLINE={offline} is set: unset it"
-            if offline
-            else "Set HF_ENDPOINT to a mirror that can be reached"
-        )
-        hint += f" to download {name}, or set HF_HOME (or cache_dir=) to a cache that has it."
+        if local_files_only:
+            way = "local_files_only=True keeps it from being downloaded: leave it out"
+        elif constants.HF_HUB_OFFLINE:
+            way = "HF_HUB_OFFLINE is set: unset it"
+        else:
+            way = "Set HF_ENDPOINT to a mirror that can be reached"
+        hint = f"{way} to download {name}, or set HF_HOME (or cache_dir=) to a cache that has it."
     elif isinstance(failure, errors.HFValidationError):
         raise CheckpointError(f"{name!r}: no such folder, and no repository name of the form 'owner/name'") from failure
     if hint:
