@@ -209,14 +209,13 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 
 def _part(name: str) -> nn.Module:
-    import torch
-
     from vlkit import registry
+    from vlkit.models.meta import on_meta
 
     for kind in registry.KINDS:
         if name in registry.list_components(kind):
             part = registry.component(kind, name)
-            with torch.device("meta"):
+            with on_meta():
                 return part.module(part.configs[name])
     registry.model_spec(name)  # raises, with the nearest names
     raise AssertionError(name)

@@ -9,6 +9,7 @@ import torch
 
 from vlkit.config import Config
 from vlkit.errors import ConfigError
+from vlkit.models.meta import on_meta
 from vlkit.models.vlm import VisionLanguageModel, VLMConfig
 from vlkit.registry import KINDS, component, component_of, model_spec
 
@@ -130,7 +131,7 @@ def build(
 ) -> VisionLanguageModel:
     """A model with freshly drawn weights: shapes first, on meta, then memory once, then values."""
     device = torch.get_default_device() if device is None else torch.device(device)
-    with torch.device("meta"):
+    with on_meta():
         model = VisionLanguageModel(config)
     model.to(dtype=dtype or torch.get_default_dtype())
     if device.type != "meta":

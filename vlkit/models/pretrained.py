@@ -18,6 +18,7 @@ from vlkit.errors import ConfigError
 from vlkit.hub import pretrained as hub
 from vlkit.hub.keymap import KeyMap, rename
 from vlkit.hub.strict_json import read_json
+from vlkit.models.meta import on_meta
 from vlkit.models.vlm import VisionLanguageModel, VLMConfig
 from vlkit.registry import families
 from vlkit.version import __version__
@@ -66,7 +67,7 @@ def from_pretrained(
         allow_pickle=allow_pickle,
     )
     config = read_config(folder)
-    with torch.device("meta"):
+    with on_meta():
         model = VisionLanguageModel(config)
     with hub.open_checkpoint(folder, allow_pickle=allow_pickle) as checkpoint:
         report = hub.load_weights(model, checkpoint, keys_of(config), dtype=dtype, device=device, strict=strict)
