@@ -74,6 +74,16 @@ def test_sdpa_is_plain_in_other_dtypes(lengths: tuple[int, ...], dtype: torch.dt
     assert largest_difference(ours, with_gradients(plain, exact)) < tolerance
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_large_scores_of_padded_items_keep_their_gradients(causal: bool) -> None:
+    """Scores in the hundreds, items of unlike lengths together: padding must not overflow."""
+    lengths = (5, 3, 7, 2, 15, 9)
+    tensors = tuple((20 * x.detach()).requires_grad_() for x in inputs(lengths, (4, 4, 8, 8)))
+    ours = with_gradients(functools.partial(attention, layout=Layout(lengths), causal=causal), tensors)
+    plain = functools.partial(attention, layout=Layout(lengths), causal=causal, backend="plain")
+    assert largest_difference(ours, with_gradients(plain, tensors)) < 1e-12
+
+
 def test_plain_is_the_formula() -> None:
     """Against torch on one item at a time, with the mask written out."""
     q, k, v = inputs((4, 3), (4, 2, 8, 6))

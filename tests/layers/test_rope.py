@@ -93,6 +93,13 @@ def test_gradients_turn_back(pairing: str) -> None:
     x = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
     rotary = make_rotary(torch.randn(3, 3, dtype=torch.float64))
     assert torch.autograd.gradcheck(lambda x: apply_rotary(x, rotary, pairing=pairing), (x,))  # type: ignore[arg-type]
+    assert torch.autograd.gradgradcheck(lambda x: apply_rotary(x, rotary, pairing=pairing) ** 2, (x,))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
+def test_gradients_reach_angles_that_want_them(pairing: str) -> None:
+    x, angles = torch.randn(3, 2, 6, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a: apply_rotary(x, make_rotary(a), pairing=pairing), (angles,))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("pairing", ["interleaved", "half"])

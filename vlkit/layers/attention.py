@@ -294,10 +294,10 @@ def _backward(
         # In half precision the kernel's backward is four times less precise, and for small items ten times slower.
         taken = [_take(x, block).to(_wide(x)) for x in (grad, q, k, v, out)]
         mask = None if block.mask is None or causal else block.mask.to(taken[0].dtype)
-        lses = _take(lse[..., None], block).squeeze(-1)  # [count, heads, length]
+        lses = _take(lse[..., None], block).squeeze(-1)  # [rows, heads, length]
         if block.mask is not None:
-            # No loss comes from padding, and it attends to nothing: under a causal mask it would see more keys than the token that it
-            # repeats, whose logsumexp it has, and its infinite probabilities times no loss would be NaN.
+            # No loss comes from padding, and it attends to nothing: under a causal mask it would see more keys than the
+            # token that it repeats, whose logsumexp it has, and infinite probabilities times no loss would be NaN.
             taken[0] = taken[0] * (block.mask == 0).transpose(2, 3)
             lses = lses.masked_fill(block.mask[:, 0] != 0, float("inf"))
         parts = _flash_backward(*taken, lses, 0.0, causal, attn_mask=mask, scale=scale)
@@ -465,7 +465,7 @@ def _varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(_varlen_kernel()).parameters)
 
 
-def _varlen_kernel() -> Callable[..., Tensor]:
+def _varlen_kernel() -> Callable[..., Any]:
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn
