@@ -78,5 +78,5 @@ def test_select_keeps_the_sequences_that_go_on() -> None:
 
 def test_another_number_of_sequences_is_refused() -> None:
     cache = Cache(1, 3, 4, ((2,),), dtype=torch.float32)
-    with pytest.raises(LayoutError, match="3 sequences.*2 items"):
+    with pytest.raises(LayoutError, match=r"3 sequences.*2 items"):
         cache.write(0, Layout((1, 1)), rows_of(Layout((1, 1)), 0))

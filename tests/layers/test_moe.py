@@ -100,7 +100,7 @@ def test_bf16_is_as_exact_as_bf16_can_be() -> None:
 
 
 def test_grouped_kernel_is_the_loop() -> None:
-    """On the CPU torch's grouped product runs too, for rows of whole 16 bytes: that is the call that CUDA would make."""
+    """torch's grouped product also runs on the CPU, for rows of whole 16 bytes; CUDA would make the same calls."""
     module, inputs = made((29, 6, 2, 16, 24), torch.float32)
     loop = gradients(module, module, *inputs)
     module.kernel = "grouped"

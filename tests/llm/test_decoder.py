@@ -1,4 +1,4 @@
-"""What holds for every decoder: packing, cache, checkpointing, compilation, initialisation, and mistakes that are named."""
+"""What holds for every decoder: packing, cache, checkpointing, compilation, a fresh start, and mistakes that are named."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_block_stack_compiles_once_for_all_lengths(name: str) -> None:
     model = make(name)
     eager = copy.deepcopy(model)
     torch._dynamo.reset()
-    model.forward_blocks = torch.compile(model.forward_blocks, fullgraph=True, dynamic=True, backend="aot_eager")  # type: ignore[method-assign]
+    model.forward_blocks = torch.compile(model.forward_blocks, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         # The first lengths make no number that a width also has: torch takes equal sizes for one and the same symbol.
         for seed, lengths in enumerate([(7, 1, 11), (3, 5), (9, 2, 2, 2, 6)]):

@@ -73,11 +73,11 @@ def published(theirs: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def odd_config(**changes: object) -> MoonlightConfig:
-    fields = dict(
+    small = MoonlightConfig(
         vocab_size=53, dim=36, num_layers=3, num_heads=3, kv_rank=20, nope_dim=6, rope_dim=4, value_dim=10, mlp_dim=44,
         num_experts=6, top_k=3, expert_dim=14, num_shared_experts=2, theta=800000.0, max_positions=64,
     )  # fmt: skip
-    return MoonlightConfig(**(fields | changes))
+    return small.replace(**changes)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ GOLDEN = MoonlightConfig(
 
 
 def golden_weights() -> dict[str, Tensor]:
-    """The language part of a tiny Kimi-VL: tensor n holds 0.3 sin(1.7 k + n), and 1 more in norms; vision has the first 35."""
+    """The language part of a tiny Kimi-VL: tensor n of all holds 0.3 sin(1.7 k + n), norms 1 more."""
     names = ["model.embed_tokens.weight"]
     for layer in range(2):
         prefix = f"model.layers.{layer}."
@@ -184,6 +184,7 @@ def golden_model() -> Moonlight:
     return model
 
 
+CHOSEN = ["12", "23", "23", "01", "12", "01", "23", "02", "02", "12", "01", "23", "01", "01", "02", "23", "12", "23"]
 GOLDEN_IDS = torch.tensor([1, 7, 3, 19, 19, 4, 5, 19, 19, 19, 19, 6, 19, 19, 19, 2, 9, 8])
 
 
@@ -221,7 +222,7 @@ def fill(module: torch.nn.Module, names: KeyMap, order: list[str], first: int) -
 
 
 def test_golden_numbers_of_the_language_part() -> None:
-    """Numbers that a second, independent program reproduced to 1e-7; all in fp64 but the tower's rotary frequencies (fp32)."""
+    """Numbers that a second, independent program reproduced to 1e-7. The tower's rotary frequencies are fp32, the rest fp64."""
     model = golden_model()
     with torch.no_grad():
         x = model.embed(GOLDEN_IDS)
@@ -230,7 +231,7 @@ def test_golden_numbers_of_the_language_part() -> None:
         logits = model.head(out.hidden.tokens)
 
     chosen = ["".join(map(str, row)) for row in out.routing[0].experts.sort().values.tolist()]
-    assert chosen == "12 23 23 01 12 01 23 02 02 12 01 23 01 01 02 23 12 23".split()
+    assert chosen == CHOSEN
     assert logits.argmax(-1).tolist() == [2, 12, 0, 1, 1, 18, 2, 1, 1, 1, 1, 16, 1, 1, 1, 16, 2, 18]
     last = torch.tensor([-0.296875, 0.377401, 0.312236, -0.364692, -0.327080, 0.351379, 0.341381, -0.337485])
     assert torch.allclose(logits[17, :8].float(), last, atol=2e-6, rtol=0)  # six decimals are given

@@ -24,7 +24,8 @@ class Cache:
         num_layers: Layers that write.
         num_sequences: Sequences; the items of every layout are these sequences, in order.
         capacity: Tokens per sequence that fit. A longer sequence makes it grow to at least twice the size, by one copy.
-        row_shapes: Shape of each kind of row that a layer keeps of a token, e.g. ((kv_heads, head_dim), (kv_heads, head_dim)).
+        row_shapes: Shape of each kind of row that a layer keeps of a token: ((kv_heads, head_dim), (kv_heads, head_dim))
+            for keys and values.
 
     Attributes:
         lengths: Tokens stored of each sequence, without those of the forward that is running.
@@ -79,7 +80,8 @@ class Cache:
             rows: [tokens, ...], one tensor per kind of row.
 
         Returns:
-            Everything stored in this layer, [sequences, capacity, ...] per kind; rows beyond `key_lengths(layout)` are undefined.
+            Everything stored in this layer, [sequences, capacity, ...] per kind; rows beyond `key_lengths(layout)` are
+            undefined.
         """
         index = self._places(layout, rows[0].device)
         for stored, new in zip(self._rows[layer], rows, strict=True):

@@ -1,11 +1,11 @@
 """Multi-head latent attention: keys and values of all heads are made from one short latent vector per token.
 
     x -> q [tokens, heads, nope + rope]
-    x -> kv_down -> latent c [tokens, kv_rank], k_rope [tokens, rope] (one for all heads) -> kv_norm(c) -> kv_up -> k_nope, v
+    x -> kv_down -> latent c [tokens, kv_rank], k_rope [tokens, rope] (one for all heads); kv_norm(c) -> kv_up -> k_nope, v
     q = [q_nope | rotated q_rope], k = [k_nope | rotated k_rope] -> causal attention -> out
 
-The cache keeps kv_norm(c) and the rotated k_rope only. Decoding never expands them: kv_up is applied to the query and to the
-attended latent instead, which is the same product in another order.
+The cache keeps kv_norm(c) and the rotated k_rope only. Decoding never expands them: kv_up is applied to the query and
+to the attended latent instead, which is the same product in another order.
 
 Letters: T tokens, H heads, N nope, R rope, V value, C kv_rank.
 """
@@ -34,7 +34,7 @@ class LatentAttention(nn.Module):
         nope_dim: Channels per head of q and k that carry no position.
         rope_dim: Channels per head that are rotated; on the key side shared by all heads.
         value_dim: Channels per head of v.
-        kv_norm_eps: Epsilon of the latent's norm. Published code never passes one, so it is 1e-6 whatever the other norms use.
+        kv_norm_eps: Epsilon of the latent's norm. Published code passes none, so it is 1e-6 whatever other norms use.
         pairing: Which channels the rotation pairs; published checkpoints interleave.
 
     Source: DeepSeek-V2, arXiv:2405.04434, section 2.1; the absorbed form is its appendix on inference.
@@ -104,9 +104,9 @@ class LatentAttention(nn.Module):
     def _absorbed(
         self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, layout: Layout, lengths: list[int], backend: Backend
     ) -> Float[Tensor, "tokens heads value_dim"]:
-        """Attention over stored rows [sequences, capacity, C + R]: all heads read one key, the row, and one value, its latent part.
+        """Attention over stored rows [sequences, capacity, C + R]; all heads read one key, the row, and its latent as value.
 
-        A new token costs kv_up once and, per stored token and head, C + R + C products instead of N + R + V and an expansion.
+        Per stored token and head this costs C + R + C products instead of N + R + V, and saves expanding the row.
         """
         up = self.kv_up.weight.unflatten(0, (self.num_heads, -1))  # [H, N + V, C]
         up_k, up_v = up.split([self.nope_dim, self.value_dim], dim=1)

@@ -1,13 +1,17 @@
-"""Mixture of experts: a router chooses a few gated MLPs per token, and their outputs are added with the router's weights.
+"""Mixture of experts: a router chooses a few gated MLPs per token, whose outputs are added with the router's weights.
 
     tokens [tokens, dim] -> Router -> Routing(experts [tokens, k], weights [tokens, k], scores [tokens, num_experts])
            -> sorted by expert -> each expert once, on its rows: down(silu(gate(x)) * up(x)) -> weighted sum per token
            (+ a shared MLP that every token uses)
 
-The experts of a layer are three stacks [experts, out, in]. On the CPU an expert is visited once per step, as a slice of the
-stacks: no weight is copied, and the backward writes every expert's gradient straight into its slice of one gradient stack.
-Rows are counted in multiples of `ROW_BLOCK`, because the bits that a matrix product gives a row depend on the number of rows
-only in the rest that does not fill a block. So what one token gets does not depend on how many others chose the same expert.
+The experts of a layer are three stacks [experts, out, in]. On the CPU an expert is visited once per step, as a slice
+of the stacks: no weight is copied, and the backward writes every expert's gradient straight into its slice of one
+gradient stack.
+
+An expert's rows are filled up to whole blocks of `ROW_BLOCK`, because a matrix product computes full blocks alike and
+the rest by another kernel, which rounds differently. So the bits of one token do not depend on how many others chose the
+same expert. This was measured, not promised by the library of products: see the last test of tests/layers/test_moe.py.
+It does not hold in fp64 for odd widths (37 and 29, say), nor for one token alone, which has a path of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from vlkit.errors import ConfigError
 
+CHUNK_BYTES = 2**20  # experts whose rows fit a core's cache together share the steps between their products
 ROW_BLOCK = 8  # rows; a multiple of the row tile of the CPU kernels measured (MKL: 4 in fp64, 4 in fp32 below 12 rows)
 
 
@@ -47,16 +52,16 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Scores every expert for every token and picks the best few.
 
-    All of it is computed in fp32 (fp64 for fp64 tokens), also under autocast: in bf16, scores in [0.5, 1) closer than 1/256 can
-    round to the same value, and top-k does not define which of two equal scores wins.
+    All of it is computed in fp32 (fp64 for fp64 tokens), also under autocast: in bf16, scores in [0.5, 1) closer than
+    1/256 can round to the same value, and top-k does not define which of two equal scores wins.
 
     Args:
         dim: Width of a token.
         num_experts: Experts to choose from.
         top_k: Experts per token.
         scoring: "softmax" over all experts (Qwen3), or "sigmoid" of each (DeepSeek-V3).
-        selection_bias: Keep a bias per expert that is added for the choice only, never to the weights. It is a buffer: load
-            balancing sets it, training does not; and it stays fp32 when the module is cast to a narrower type.
+        selection_bias: Keep a bias per expert that is added for the choice only, never to the weights. It is a buffer:
+            load balancing sets it, training does not; and it stays fp32 when the module is cast to a narrower type.
         num_groups: Experts are cut into so many equal groups; a group's score is the sum of its two best.
         top_groups: Only experts of so many best groups can be chosen.
         normalize: Divide the weights of a token by their sum.
@@ -104,7 +109,7 @@ class Router(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
         kept = self.bias
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if kept is not None and self.bias is not None and self.bias.element_size() < 4:
             # The cast rounded it: take the values from before. On meta there are none, and only the type matters.
             self.bias = torch.empty_like(self.bias, dtype=kept.dtype) if kept.is_meta else kept.to(self.bias.device)
@@ -158,9 +163,9 @@ def check_routing(num_experts: int, top_k: int, num_groups: int = 1, top_groups:
 class Experts(nn.Module):
     """Many gated MLPs, down(silu(gate(x)) * up(x)) without biases, as three stacks [experts, out, in].
 
-    Kernels: "loop" visits each expert once (any device; on a GPU it waits for the counts once per layer); "grouped" is torch's
-    grouped matrix product, for which counts are data; "auto" takes "grouped" on CUDA where it can run, "loop" elsewhere.
-    The grouped kernel was compared with the loop on the CPU only.
+    Kernels: "loop" visits each expert once (any device; on a GPU it waits for the counts once per layer); "grouped" is
+    torch's grouped matrix product, for which counts are data; "auto" takes "grouped" on CUDA where it can run, "loop"
+    elsewhere. The grouped kernel was compared with the loop on the CPU only.
     """
 
     def __init__(
@@ -192,7 +197,9 @@ class Experts(nn.Module):
             experts: Chosen experts of each token; all of one token differ.
             weights: Factors of their outputs.
         """
-        gate, up, down = self.gate, self.up, self.down
+        gate: Tensor = self.gate
+        up: Tensor = self.up
+        down: Tensor = self.down
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, gate, up, down = x.to(dtype), gate.to(dtype), up.to(dtype), down.to(dtype)
@@ -235,38 +242,35 @@ class MoE(nn.Module):
         return (num_experts - self.router.top_k) * per_expert
 
 
-# What follows computes the experts. Letters: n rows of one expert, D dim, H mlp_dim.
+# What follows computes the experts. A slot is (token, choice); a row is a place in the order by expert. H is mlp_dim.
 
 
 def _experts_forward(
     x: Tensor, experts: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """The output [tokens, dim] and, if keep, gate and up before the activation as [2, capacity, H] for the backward."""
-    num_tokens, top_k = experts.shape
-    num_experts, mlp_dim, dim = gate.shape
-    kept = x.new_empty((2, _capacity(num_tokens * top_k, num_experts) if keep else 0, mlp_dim))
+    (num_experts, mlp_dim, dim), num_tokens = gate.shape, x.shape[0]
+    kept = x.new_empty((2, _capacity(experts.numel(), num_experts) if keep else 0, mlp_dim))
     if num_tokens == 1 and not keep and x.device.type == "cpu":
         return _one_token(x, experts, weights, gate, up, down), kept
 
+    plan = _plan(experts, weights, gate)
     out = x.new_zeros((num_tokens, dim), dtype=weights.dtype)
-    plan = _plan(experts, num_experts)
-    weight = weights.flatten()[plan.order].unsqueeze(1)
-    rows = x.new_empty((plan.longest, dim))
-    hidden = x.new_empty((1 if keep else 2, plan.longest, mlp_dim))
-    result = x.new_empty((plan.longest, dim))
-    weighted = result if result.dtype == out.dtype else torch.empty_like(result, dtype=out.dtype)
-    for expert, first, count, start, padded in plan.experts:
-        token = plan.token[first : first + count]
-        x_n = _gather(x, token, rows, padded)
-        g, u = (kept[0], kept[1]) if keep else (hidden[0], hidden[1])
-        at = start if keep else 0
-        g, u, a = g[at : at + padded], u[at : at + padded], hidden[0, :padded]
-        torch.mm(x_n, gate[expert].t(), out=g)
-        torch.mm(x_n, up[expert].t(), out=u)
-        torch.mul(F.silu(g), u, out=a)
-        torch.mm(a, down[expert].t(), out=result[:padded])
-        torch.mul(result[:count], weight[first : first + count], out=weighted[:count])
-        out.index_add_(0, token, weighted[:count])
+    x_buffer, y_buffer = x.new_empty((2, plan.longest, dim)).unbind()
+    g_buffer, u_buffer = kept if keep else x.new_empty((2, plan.longest, mlp_dim)).unbind()
+    gates, ups, downs = (stack.mT.unbind() for stack in (gate, up, down))
+    for start, end, members, sizes in plan.chunks:
+        n, at, token = end - start, start if keep else 0, plan.token[start:end]
+        x_n, y, g, u = x_buffer[:n], y_buffer[:n], g_buffer[at : at + n], u_buffer[at : at + n]
+        torch.index_select(x, 0, token, out=x_n)
+        for e, x_e, g_e, u_e in zip(members, x_n.split(sizes), g.split(sizes), u.split(sizes), strict=True):
+            torch.mm(x_e, gates[e], out=g_e)
+            torch.mm(x_e, ups[e], out=u_e)
+        a = F.silu(g).mul_(u)
+        for e, a_e, y_e in zip(members, a.split(sizes), y.split(sizes), strict=True):
+            torch.mm(a_e, downs[e], out=y_e)
+        weight = plan.weight[start:end]
+        out.index_add_(0, token, y.mul_(weight) if y.dtype == weight.dtype else y * weight)
     return out.to(x.dtype), kept
 
 
@@ -283,77 +287,109 @@ def _experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, gate, up and down; those of the stacks are empty unless train.
 
-    With y = down(a), a = silu(g) * u and out = w * y: the gradient of w is <grad, y> = <grad down, a>, so y need not be kept.
+    With y = down(a), a = silu(g) * u and out = w * y: the gradient of w is <grad, y> = <grad down, a>, so y need not
+    be kept.
     """
-    num_experts, mlp_dim, dim = gate.shape
+    _, mlp_dim, dim = gate.shape
+    plan = _plan(experts, weights, gate)
     grad_x = x.new_zeros(x.shape, dtype=weights.dtype)
-    grad_weight = torch.zeros_like(weights.flatten())
-    grad_gate, grad_up, grad_down = (s.new_empty(s.shape if train else 0) for s in (gate, up, down))
-    plan = _plan(experts, num_experts)
-    weight = weights.flatten()[plan.order].unsqueeze(1).to(x.dtype)
-    rows, grads, grad_rows = x.new_empty((3, plan.longest, dim)).unbind()
-    w = x.new_zeros((plan.longest, 1))
-    for expert, first, count, start, padded in plan.experts:
-        token = plan.token[first : first + count]
-        x_n, y_n = _gather(x, token, rows, padded), _gather(grad, token, grads, padded)
-        w_n = w[:padded]
-        w_n[:count] = weight[first : first + count]
-        w_n[count:] = 0
-        g, u = kept[0, start : start + padded], kept[1, start : start + padded]
+    grad_rows = plan.weight.new_empty(plan.weight.shape[0])
+    grad_gate, grad_up, grad_down = (stack.new_empty(stack.shape if train else 0) for stack in (gate, up, down))
+    x_buffer, y_buffer = x.new_empty((2, plan.longest, dim)).unbind()
+    a_buffer = x.new_empty((plan.longest, mlp_dim))
+    gates, ups, downs = gate.unbind(), up.unbind(), down.unbind()
+    for start, end, members, sizes in plan.chunks:
+        n, token = end - start, plan.token[start:end]
+        x_n, d_y, d_a, g, u = x_buffer[:n], y_buffer[:n], a_buffer[:n], kept[0, start:end], kept[1, start:end]
+        torch.index_select(x, 0, token, out=x_n)
+        torch.index_select(grad, 0, token, out=d_y)
+        for e, d_y_e, d_a_e in zip(members, d_y.split(sizes), d_a.split(sizes), strict=True):
+            torch.mm(d_y_e, downs[e], out=d_a_e)
         s = F.silu(g)
         a = s * u
-        d_a = torch.mm(y_n, down[expert])
-        grad_weight[plan.order[first : first + count]] = (d_a[:count] * a[:count]).sum(-1, dtype=weights.dtype)
-        d_a.mul_(w_n)
+        weight = plan.weight[start:end].to(x.dtype)
+        torch.sum(d_a * a, -1, dtype=weights.dtype, out=grad_rows[start:end])
+        d_a.mul_(weight)
         d_g = torch.ops.aten.silu_backward(d_a * u, g)
         d_u = d_a.mul_(s)
         if train:
-            torch.mm(d_g.t(), x_n, out=grad_gate[expert])
-            torch.mm(d_u.t(), x_n, out=grad_up[expert])
-            torch.mm(y_n.t(), a.mul_(w_n), out=grad_down[expert])
-        d_x = torch.mm(d_g, gate[expert], out=grad_rows[:padded]).addmm_(d_u, up[expert])[:count]
-        grad_x.index_add_(0, token, d_x.to(grad_x.dtype))
+            columns = (t.t().split(sizes, 1) for t in (d_g, d_u, d_y))
+            rows = (t.split(sizes) for t in (x_n, a.mul_(weight)))
+            for e, d_g_e, d_u_e, d_y_e, x_e, a_e in zip(members, *columns, *rows, strict=True):
+                torch.mm(d_g_e, x_e, out=grad_gate[e])
+                torch.mm(d_u_e, x_e, out=grad_up[e])
+                torch.mm(d_y_e, a_e, out=grad_down[e])
+        d_x = x_n  # its values are not needed any more
+        for e, d_g_e, d_u_e, d_x_e in zip(members, d_g.split(sizes), d_u.split(sizes), d_x.split(sizes), strict=True):
+            torch.mm(d_g_e, gates[e], out=d_x_e).addmm_(d_u_e, ups[e])
+        grad_x.index_add_(0, token, d_x if d_x.dtype == grad_x.dtype else d_x.to(grad_x.dtype))
     for expert in plan.unused if train else ():
         for stack in (grad_gate, grad_up, grad_down):
             stack[expert].zero_()
-    return grad_x.to(x.dtype), grad_weight.view_as(weights), grad_gate, grad_up, grad_down
+    grad_weights = torch.empty_like(grad_rows[: plan.order.shape[0]])
+    grad_weights.index_copy_(0, plan.order, grad_rows.index_select(0, plan.place))
+    return grad_x.to(x.dtype), grad_weights.view_as(weights), grad_gate, grad_up, grad_down
 
 
 class _Plan(NamedTuple):
-    """Slots (token, choice) sorted by expert."""
+    """Slots sorted by expert, every expert's rows filled up to whole blocks.
 
-    order: Tensor  # [slots] slot at each place
-    token: Tensor  # [slots] its token
-    experts: list[tuple[int, int, int, int, int]]  # expert, first place, places, first row, rows; rows are whole blocks
+    What fills up is the expert's last slot once more, with weight 0: nothing of one token, not even a NaN, can reach
+    another.
+    """
+
+    order: Tensor  # [slots] slots sorted by expert
+    place: Tensor  # [slots] row of each of them
+    token: Tensor  # [rows] token of each row
+    weight: Tensor  # [rows, 1]
+    chunks: list[tuple[int, int, list[int], list[int]]]  # first row, end, experts, rows of each
     unused: list[int]  # experts without a token
-    longest: int  # most rows of one expert
+    longest: int  # most rows of a chunk
 
 
-def _plan(experts: Tensor, num_experts: int) -> _Plan:
-    chosen = experts.flatten()
-    order = chosen.argsort(stable=True)
-    used, unused, first, start, longest = [], [], 0, 0, 0
-    for expert, count in enumerate(torch.bincount(chosen, minlength=num_experts).tolist()):
-        if count == 0:
-            unused.append(expert)
-            continue
-        padded = -(-count // ROW_BLOCK) * ROW_BLOCK
-        used.append((expert, first, count, start, padded))
-        first, start, longest = first + count, start + padded, max(longest, padded)
-    return _Plan(order, order // experts.shape[1], used, unused, longest)
+def _plan(experts: Tensor, weights: Tensor, gate: Tensor) -> _Plan:
+    """Sort slots by expert, and put experts together until the rows of a chunk fill CHUNK_BYTES."""
+    num_experts, chosen = gate.shape[0], experts.flatten()
+    row_bytes = max(gate.shape[1:]) * gate.element_size()
+    by_expert, order = chosen.sort(stable=True)
+    counts = torch.bincount(chosen, minlength=num_experts)
+    counts_list = counts.tolist()
+    padded = [-(-count // ROW_BLOCK) * ROW_BLOCK for count in counts_list]
+    chunks: list[tuple[int, int, list[int], list[int]]] = []
+    start = end = 0
+    members: list[int] = []
+    for expert, rows in enumerate(padded):
+        if members and (end + rows - start) * row_bytes > CHUNK_BYTES:
+            chunks.append((start, end, members, [padded[e] for e in members]))
+            start, members = end, []
+        if rows:
+            members.append(expert)
+            end += rows
+    if members:
+        chunks.append((start, end, members, [padded[e] for e in members]))
+
+    rows_of = torch.tensor(padded, device=chosen.device)
+    first = counts.cumsum(0) - counts  # [experts] first sorted slot of each
+    shift = rows_of.cumsum(0) - rows_of - first  # rows that the experts before it have been filled up with
+    number = torch.arange(max(end, order.shape[0]), device=chosen.device)
+    place = shift.index_select(0, by_expert).add_(number[: order.shape[0]])
+    of_row = torch.repeat_interleave(rows_of, output_size=end)  # [rows] expert
+    slot = order.index_select(0, torch.minimum(number[:end] - shift[of_row], (first + counts - 1)[of_row]))
+    weight = weights.new_zeros(end).index_copy_(0, place, weights.flatten().index_select(0, order))
+    return _Plan(
+        order,
+        place,
+        slot // experts.shape[1],
+        weight.unsqueeze(1),
+        chunks,
+        [expert for expert, count in enumerate(counts_list) if not count],
+        max((end - start for start, end, *_ in chunks), default=0),
+    )
 
 
 def _capacity(num_slots: int, num_experts: int) -> int:
     """Rows that are enough for any routing, known from the shapes alone."""
     return num_slots + (ROW_BLOCK - 1) * num_experts
-
-
-def _gather(x: Tensor, token: Tensor, buffer: Tensor, padded: int) -> Tensor:
-    """Rows of x, and zeros up to `padded`."""
-    count = token.shape[0]
-    torch.index_select(x, 0, token, out=buffer[:count])
-    buffer[count:padded] = 0
-    return buffer[:padded]
 
 
 def _one_token(x: Tensor, experts: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -366,7 +402,7 @@ def _one_token(x: Tensor, experts: Tensor, weights: Tensor, gate: Tensor, up: Te
 
 
 def _matrix_vector(matrix: Tensor, row: Tensor) -> Tensor:
-    """matrix @ row as [1, out]. MKL gives a vector one thread, and two columns all of them: 1.8 against 3.6 ms for six experts."""
+    """matrix @ row as [1, out]. In fp32 MKL reads a matrix with one thread for a vector, but with all for two columns."""
     if row.dtype == torch.bfloat16:
         return F.linear(row, matrix)
     return torch.mm(matrix, row.expand(2, -1).contiguous().t())[:, 0].unsqueeze(0)
@@ -385,7 +421,7 @@ class _ExpertsFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         train = any(ctx.needs_input_grad[3:])
-        d_x, d_weights, *stacks = _experts_backward(grad, *ctx.saved_tensors, train)
+        d_x, d_weights, *stacks = _experts_backward(grad, *ctx.saved_tensors, train=train)
         return d_x, None, d_weights, *(stacks if train else (None, None, None))
 
 
@@ -453,7 +489,7 @@ _experts_op.register_autograd(_op_backward, setup_context=_save_for_backward)
 
 
 def _grouped_can_run(x: Tensor, gate: Tensor) -> bool:
-    """Whether torch's grouped matrix product takes these tensors on a GPU: bf16, rows of whole 16 bytes, SM80 or later."""
+    """Whether torch's grouped matrix product takes these tensors: CUDA, SM80 or later, bf16, rows of whole 16 bytes."""
     if x.device.type != "cuda" or gate.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
         return False
     _, mlp_dim, dim = gate.shape
@@ -461,7 +497,7 @@ def _grouped_can_run(x: Tensor, gate: Tensor) -> bool:
 
 
 def _grouped_experts(x: Tensor, experts: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The same with three grouped matrix products; counts stay on the device, autograd and torch.compile see torch's operators."""
+    """The same with three grouped matrix products. Counts stay on the device; autograd and torch.compile see it all."""
     num_experts, (num_tokens, top_k) = gate.shape[0], experts.shape
     chosen = experts.flatten()
     order = chosen.argsort(stable=True)

@@ -1,6 +1,6 @@
 """What all decoders share: embedding, a stack of blocks, norm and head.
 
-    ids [tokens] -> embed -> Packed [tokens, dim] -> blocks(norm1, causal attention, norm2, MLP or MoE) -> norm -> hidden
+    ids [tokens] -> embed -> Packed [tokens, dim] -> blocks(norm, causal attention, norm, MLP or MoE) -> norm -> hidden
     hidden -> head -> logits [tokens, vocab]
 
 A decoder's own file gives its config, its blocks and its published names.
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw embedding and linear layers from a normal distribution of width 0.02; experts and norms have their own rule."""
+        """Draw embedding and linear layers from a normal of width 0.02; experts and norms have their own rules."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -122,8 +122,8 @@ class Decoder(nn.Module):
         """Embeddings of token ids.
 
         Raises:
-            TokenError: An id outside the vocabulary. Looked for on the CPU only: elsewhere it would wait for the device, whose own
-                look-up fails anyway.
+            TokenError: An id outside the vocabulary. Looked for on the CPU only: elsewhere it would wait for the device,
+                whose own look-up fails anyway.
         """
         if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in ids.aminmax())
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
         Args:
             embeddings: [tokens, dim], one item per sequence.
             positions: [tokens]; None counts from 0 in every sequence, or from where the cache ends.
-            cache: What came before; the new tokens are added to it. The items are then the sequences of the cache, in order.
+            cache: What came before; the new tokens are added to it. The items are its sequences, in order.
 
         Raises:
             SequenceTooLongError: A position beyond max_positions.
@@ -160,7 +160,7 @@ class Decoder(nn.Module):
     def forward_blocks(
         self, x: Float[Tensor, "tokens dim"], rotary: Rotary, layout: Layout | Segments, cache: Cache | None = None
     ) -> tuple[Float[Tensor, "tokens dim"], tuple[Routing, ...]]:
-        """The block stack; with Segments all that depends on lengths is tensors, so it compiles once for all lengths."""
+        """The block stack. With Segments all that depends on lengths is tensors: it compiles once for all lengths."""
         routings = []
         for layer, block in enumerate(self.blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:

@@ -1,6 +1,6 @@
 """Moonlight: a DeepSeek-V3 style decoder with latent attention and a mixture of experts, the language model of Kimi-VL.
 
-    embeddings -> blocks(RMSNorm, latent attention, RMSNorm, MLP in the first layers and MoE in all others) -> norm -> head
+    embeddings -> blocks(RMSNorm, latent attention, RMSNorm, MLP in the first layers and MoE in the rest) -> norm -> head
 
 Source: Moonlight, arXiv:2502.16982; architecture: DeepSeek-V3, arXiv:2412.19437; Kimi-VL, arXiv:2504.07491.
 Matches: transformers' deepseek_v3 with the same weights, to 1e-5 relative in fp32. Published weights were not run.

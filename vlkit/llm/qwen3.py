@@ -3,7 +3,8 @@
     embeddings -> blocks(RMSNorm, grouped-query attention, RMSNorm, MLP or MoE) -> norm -> head
 
 Source: Qwen3, arXiv:2505.09388; sizes from the published config.json of each checkpoint.
-Matches: transformers' qwen3 and qwen3_moe with the same weights, to 1e-5 relative in fp32. Published weights were not run.
+Matches: transformers' qwen3 and qwen3_moe with the same weights, to 1e-5 relative in fp32. Published weights were not
+run.
 """
 
 from __future__ import annotations
