@@ -57,7 +57,8 @@ class Units:
 
     def view(self, tensor: Tensor) -> Tensor:
         """The units of a contiguous tensor of the parameter's shape, [count, rows, cols], sharing memory."""
-        return tensor.view(self.count, self.parent_rows, self.cols)[:, self.start : self.start + self.rows]
+        whole = tensor.view(self.count, self.parent_rows, self.cols)
+        return whole if self.rows == self.parent_rows else whole[:, self.start : self.start + self.rows]
 
 
 def units_of(parameter: Tensor, name: str = "parameter") -> list[Units]:
@@ -81,8 +82,9 @@ def units_of(parameter: Tensor, name: str = "parameter") -> list[Units]:
         count, rows, cols = shape
     else:
         count, rows, cols = 1, shape[0], math.prod(shape[1:])
-    splits = tuple(getattr(parameter, "muon_splits", ())) or (rows,)
-    if sum(splits) != rows or min(splits) < 1:
+    declared = tuple(getattr(parameter, "muon_splits", ()))
+    splits = declared or (rows,)
+    if declared and (sum(splits) != rows or min(splits) < 1):
         raise ConfigError(f"{name}: muon_splits={splits} adds up to {sum(splits)} rows, the weight has {rows}")
     starts = [sum(splits[:i]) for i in range(len(splits))]
     return [Units(count, rows, start, size, cols) for start, size in zip(starts, splits, strict=True)]
@@ -167,6 +169,9 @@ class Muon(torch.optim.Optimizer):
         self.skipped_steps = 0
         self.last_step_skipped = False
         self.last_grad_norm: Tensor | None = None
+        self._units: dict[
+            Tensor, list[Units]
+        ] = {}  # made once: for many small matrices it would cost as much as the products
         defaults = {
             "algorithm": "muon",
             "lr": lr,
@@ -197,6 +202,8 @@ class Muon(torch.optim.Optimizer):
             _check_group(group, self.defaults)
             for parameter, name in _named(group):
                 _check_parameter(parameter, name, group)
+                if group["algorithm"] == "muon":
+                    self._units[parameter] = units_of(parameter, name)
         except ConfigError:
             self.param_groups.pop()
             raise
@@ -237,7 +244,7 @@ class Muon(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; the base class would leave out what is not of the groups."""
-        own = ("max_grad_norm", "skipped_steps", "last_step_skipped", "last_grad_norm")
+        own = ("max_grad_norm", "skipped_steps", "last_step_skipped", "last_grad_norm", "_units")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     # The stages of a step
@@ -278,7 +285,7 @@ class Muon(torch.optim.Optimizer):
                 copies.append((parameter, weight))
             momentum, grad = self._state_of(parameter, group)["momentum_buffer"], grad.contiguous()
             blocks += [
-                _Block(units.view(weight), units.view(grad), units.view(momentum)) for units in units_of(parameter)
+                _Block(units.view(weight), units.view(grad), units.view(momentum)) for units in self._units[parameter]
             ]
         for batch in _batches(blocks):
             directions = _momentum(batch, group["momentum"], group["nesterov"])

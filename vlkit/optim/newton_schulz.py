@@ -41,7 +41,7 @@ EPS = 1e-30  # only keeps 0 / 0 away; 1e-7 would leave gradients smaller than th
 GRAM_ASPECT = 1.5
 GRAM_ASPECT_BATCHED = 3.0  # for batches of small matrices, which gain nothing from symmetry
 BATCHED_BELOW = 256  # short sides below this run as one batched product, larger ones one by one
-BATCH_BYTES = 16 * 2**20  # of one batched product, so that it stays near the caches
+BATCH_BYTES = 2**20  # of one batched product, so that it stays in the caches; more is no faster, less is slower
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -118,7 +118,8 @@ class Polynomial:
     Attributes:
         rows: (a, b, c) of each step.
         safety: The matrix is divided by this times its norm, so the first value lies in (0, 1 / safety].
-        restarts: Steps before which the Gram form computes x anew; None is 1, 3, 5, ..., which is safe for every table here.
+        restarts: Steps before which the Gram form computes x anew; None is 1, 3, 5, ..., which is safe for every table
+            here.
     """
 
     rows: tuple[Triple, ...]
@@ -368,9 +369,7 @@ def _standard_form(x: Tensor, polynomial: Polynomial, schatten: bool) -> Tensor:
     for step, (a, b, c) in enumerate(polynomial.rows):
         r = _symmetric(x, x.mT)
         if step == 0 and schatten:
-            square = _symmetric(r, r)
-            x, r, square = _schatten_divide(x, r, square)
-            z = _combine(b, r, c, square)
+            x, _, z = _schatten_start(x, r, b, c)
         else:
             z = _symmetric(r, r, add=r, beta=b, alpha=c)
         x = _addmm(x, z, x, beta=a)
@@ -390,9 +389,8 @@ def _gram_form(x: Tensor, polynomial: Polynomial, schatten: bool) -> Tensor:
         for step in range(start, stop):
             a, b, c = polynomial.rows[step]
             if first and schatten:
-                square = _symmetric(r, r)
-                x, r, square = _schatten_divide(x, r, square)
-                z = _combine(b, r, c, square)
+                x, square_of_norm, z = _schatten_start(x, r, b, c)
+                r = _divide(r, square_of_norm)
             else:
                 z = _symmetric(r, r, add=r, beta=b, alpha=c)
             first = False
@@ -409,13 +407,19 @@ def _gram_form(x: Tensor, polynomial: Polynomial, schatten: bool) -> Tensor:
     return x
 
 
-def _schatten_divide(x: Tensor, r: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Divide by 1.02 times the Schatten-8 norm, (sum of s^8)^(1/8) = ||(x x^T)^2||_F^(1/4), which bounds the largest
-    s.
+def _schatten_start(x: Tensor, r: Tensor, b: float, c: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x / g, g^2 and Z = b R + c R^2 of x / g, where g is 1.02 times the Schatten-8 norm of x, from R = x x^T.
+
+    The Schatten-8 norm, (sum of s^8)^(1/8) = ||R^2||_F^(1/4), bounds the largest singular value s.
+    Z is put together in separate operations of fp32: a fused one rounds the last elements of a row of vector registers
+    differently in bf16, so that a result would depend on its place in the batch.
     """
+    square = _symmetric(r, r)
     norm = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=x.ndim == 3, dtype=torch.float64)
-    g = OVERSHOOT * norm.clamp_min(EPS).pow(0.25)
-    return _divide(x, g), _divide(r, g**2), _divide(square, g**4)
+    g2 = OVERSHOOT**2 * norm.clamp_min(EPS).sqrt()
+    wide = torch.promote_types(r.dtype, torch.float32)
+    z = r.to(wide) * (b / g2).to(wide) + square.to(wide) * (c / g2**2).to(wide)
+    return _divide(x, g2.sqrt()), g2, z.to(r.dtype)
 
 
 def _divide(x: Tensor, scale: Tensor) -> Tensor:
@@ -423,16 +427,6 @@ def _divide(x: Tensor, scale: Tensor) -> Tensor:
     if x.dtype == torch.float64 or x.ndim == 2:  # a 0-dim divisor takes part in full precision
         return x / scale
     return (x.float() / scale.float()).to(x.dtype)  # three fast passes; one pass of mixed dtypes takes longer on CPUs
-
-
-def _combine(b: float, r: Tensor, c: float, square: Tensor) -> Tensor:
-    """b r + c square, rounded once.
-
-    In separate operations of fp32: a fused one rounds the last elements of a row of vector registers differently in bf16, so
-    a result would depend on its place in the batch.
-    """
-    wide = torch.promote_types(r.dtype, torch.float32)
-    return (r.to(wide) * b + square.to(wide) * c).to(r.dtype)
 
 
 def _addmm(add: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> Tensor:
