@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
 from tests.hub.files import write_folder_of
 from tests.hub.loopback import Repository, serve
-from vlkit.errors import CheckpointError
+from vlkit.errors import CheckpointError, DiskFullError
 from vlkit.hub.checkpoint import open_checkpoint
 from vlkit.hub.repository import resolve
 
@@ -137,6 +141,33 @@ def test_a_download_that_does_not_fit_is_refused_before_it_begins(tmp_path: Path
     assert "downloading 2 files of lab/model needs" in found["message"]
     assert "has 10 " in found["message"]
     assert not [path for path in hub.requests if path.endswith(".safetensors")]
+
+
+@pytest.mark.parametrize(
+    ("number", "expected", "what"),
+    [
+        (errno.ENOSPC, DiskFullError, "no space left while downloading lab/model; set HF_HOME"),
+        (errno.EROFS, CheckpointError, "cannot be downloaded to /cache/x: Read-only file system; set HF_HOME"),
+        (errno.EACCES, CheckpointError, "cannot be downloaded to /cache/x: Permission denied; set HF_HOME"),
+    ],
+)
+def test_a_cache_that_cannot_be_written_is_named(
+    monkeypatch: pytest.MonkeyPatch, number: int, expected: type[CheckpointError], what: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), "/cache/x")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(expected, match=what):
+        resolve("lab/model")
+
+
+def test_two_processes_can_fill_one_cache(tmp_path: Path) -> None:
+    with serve(model=repository(tmp_path)) as hub, ThreadPoolExecutor() as pool:
+        (first,), (second,) = pool.map(lambda _: hub.fetch(tmp_path / "home", MODEL), range(2))
+
+    assert first == second
+    assert values(first["folder"]) == {1.0}
 
 
 def test_a_file_that_arrives_short_is_never_used(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,13 @@ def test_a_file_is_named_and_its_size_is_limited(tmp_path: Path) -> None:
     assert len(read_json(path)["a"]) == 100
     with pytest.raises(ConfigError, match="109 bytes of JSON, more than the limit of 50"):
         read_json(path, max_bytes=50)
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    for path in (tmp_path / "config.json", tmp_path):
+        with pytest.raises(ConfigError, match="not a regular file"):
+            read_json(path)
 
 
 def test_the_class_of_the_error_is_the_callers() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from vlkit.errors import CheckpointError, DiskFullError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -88,7 +88,7 @@ def check_space(folder: Path, num_bytes: int, what: str) -> None:
 
 
 def _explained(failure: OSError, target: Path) -> CheckpointError:
-    if failure.errno in _FULL:
+    if failure.errno in NO_SPACE:
         parent = target.parent
         free = shutil.disk_usage(parent).free if parent.exists() else 0
         return DiskFullError(

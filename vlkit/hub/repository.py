@@ -11,12 +11,13 @@ errors pass through with a hint at the end of their message.
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 from pathlib import Path
 from typing import NoReturn
 
-from vlkit.errors import CheckpointError
-from vlkit.hub.atomic import check_space
+from vlkit.errors import CheckpointError, DiskFullError
+from vlkit.hub.atomic import NO_SPACE, check_space
 from vlkit.hub.index import INDEX, PICKLE, PICKLE_INDEX, WEIGHTS, shards_of
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -46,7 +47,7 @@ def resolve(
 
     Raises:
         CheckpointError: No such folder, and no name of a repository.
-        DiskFullError: The weights do not fit into the cache; nothing of them was downloaded.
+        DiskFullError: The weights do not fit into the cache. Where the Hub says how large they are, nothing was downloaded.
         OSError: What the Hub client raises: no such repository or revision, no access, no connection.
     """
     name = str(repo_or_folder)
@@ -141,6 +142,15 @@ def _explain(name: str, failure: OSError | ValueError, local_files_only: bool) -
         hint = f"{way} to download {name}, or set HF_HOME (or cache_dir=) to a cache that has it."
     elif isinstance(failure, errors.HFValidationError):
         raise CheckpointError(f"{name!r}: no such folder, and no repository name of the form 'owner/name'") from failure
+    elif getattr(failure, "errno", None) in NO_SPACE:
+        raise DiskFullError(
+            f"no space left while downloading {name}; set HF_HOME (or cache_dir=) to a larger disk"
+        ) from failure
+    elif isinstance(failure, OSError) and failure.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        raise CheckpointError(
+            f"{name} cannot be downloaded to {failure.filename or 'the cache'}: {failure.strerror}; set HF_HOME (or cache_dir=) "
+            f"to a folder that can be written"
+        ) from failure
     if hint:
         failure.args = (f"{failure}\n{hint}", *failure.args[1:])
     raise failure

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,7 +41,10 @@ def read_json(path: Path, *, error: type[VlkitError] = ConfigError, max_bytes: i
         error: The file cannot be read, is too large, or is refused; with line and column where there is one.
     """
     try:
-        size = path.stat().st_size
+        found = path.stat()
+        size = found.st_size
+        if not stat.S_ISREG(found.st_mode):
+            raise error(f"{path}: not a regular file")
         if size > max_bytes:
             raise error(f"{path}: {size} bytes of JSON, more than the limit of {max_bytes}")
         data = path.read_bytes()
