@@ -292,6 +292,15 @@ def test_numbers_that_are_none_are_named_with_their_place(tmp_path: Path, bad: f
     assert_same_bits({"up": model.blocks[1].experts.up[2]}, {"up": theirs["h.1.e.2.up"]})  # type: ignore[union-attr, index]
 
 
+def test_finite_numbers_whose_sum_overflows_are_loaded(tmp_path: Path) -> None:
+    theirs = published(torch.float32)
+    theirs["wte"].fill_(3e38)
+
+    model, _ = load(write_folder_of(tmp_path, theirs), check_finite=True)
+
+    assert torch.equal(model.embedding.weight, theirs["wte"])
+
+
 def test_large_models_are_checked_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = published()
     theirs["wte"][0, 0] = float("nan")
