@@ -54,19 +54,24 @@ class ProgressLine:
         recent = history.steps[-RECENT:]
         loss = sum(step.loss for step in recent) / len(recent)
         (start, samples, tokens), (end, more_samples, more_tokens) = self._recent[0], self._recent[-1]
-        parts = [f"{_clock(left)} left", f"loss {loss:5.3f}"]
+        seen = f"unseen writers {100 * history.checks[-1].exact:.0f}%" if history.checks else "unseen writers -"
+        parts = [f"{_clock(left)} left", f"loss {loss:.3f}", seen]
         if end > start:
-            parts.append(f"{(more_samples - samples) / (end - start):4.0f} strips/s")
-            parts.append(f"{(more_tokens - tokens) / (end - start):6,.0f} tokens/s")
-        parts.append(f"unseen writers {100 * history.checks[-1].exact:.0f}%" if history.checks else "unseen writers -")
+            parts.append(f"{(more_samples - samples) / (end - start):.0f} strips/s")
+            parts.append(f"{(more_tokens - tokens) / (end - start):,.0f} tokens/s")
+        text = "  ".join(parts)
         if not bar:
-            return "  ".join(parts)
-        full = min(max(done, 0.0), 1.0) * BAR
-        blocks = "█" * int(full) + (" ▏▎▍▌▋▊▉"[int(full % 1 * 8)] if full < BAR else "")
-        return f"{100 * min(done, 1):3.0f}% ▕{blocks:<{BAR}}▏ " + "  ".join(parts)
+            return text
+        width = min(max(self._columns() - len(text) - 9, 0), BAR)
+        full = min(max(done, 0.0), 1.0) * width
+        blocks = "█" * int(full) + (" ▏▎▍▌▋▊▉"[int(full % 1 * 8)] if full < width else "")
+        return f"{100 * min(done, 1):3.0f}% ▕{blocks:<{width}}▏ {text}"
+
+    def _columns(self) -> int:
+        return max(shutil.get_terminal_size().columns - 1, 20)
 
     def _rewrite(self, text: str) -> None:
-        width = max(shutil.get_terminal_size().columns - 1, 20)
+        width = self._columns()
         self.stream.write("\r" + text[:width].ljust(width))
         self.stream.flush()
 

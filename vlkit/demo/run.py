@@ -26,6 +26,7 @@ from vlkit.demo.strips import Strip, make_strips
 from vlkit.demo.task import PROMPT, image_rule, picture
 from vlkit.demo.train import History, train
 from vlkit.errors import CheckpointError, ConfigError, VlkitError
+from vlkit.layers.position import PositionTable
 from vlkit.llm.moonlight import MoonlightConfig
 from vlkit.models import VisionLanguageModel
 from vlkit.models.factory import compose
@@ -57,6 +58,9 @@ LLM = MoonlightConfig(
     max_positions=512,
 )
 """A Kimi-VL in small: the same three parts, and every mechanism of theirs."""
+
+POSITION_SCALE = 0.02
+"""Position tables start unit normal, as wide as what the pixels give; in so short a training they are better small."""
 
 JUDGED = 400  # strips of unseen writers on the page
 MARK = "vlkit-demo.json"  # in every folder that the demo made; others are never touched
@@ -168,7 +172,12 @@ def build_model(options: Options) -> VisionLanguageModel:
     projector: Config = PROJECTOR if options.projector is None else _named("projector", options.projector)
     check_vocabulary(llm)
     fitted = projector.replace(in_dim=vision.out_dim, out_dim=llm.dim)  # type: ignore[attr-defined]
-    return compose(vision=vision, projector=fitted, llm=llm)
+    model = compose(vision=vision, projector=fitted, llm=llm)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, PositionTable):
+                module.table.mul_(POSITION_SCALE)
+    return model
 
 
 def check_vocabulary(llm: Config) -> None:
