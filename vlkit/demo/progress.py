@@ -10,7 +10,7 @@ from typing import TextIO
 from vlkit.demo.train import History
 
 REFRESH = 0.2  # seconds between two looks of the line
-PLAIN_EVERY = 0.1  # share of the time between two plain lines
+PLAIN_LINES = 10  # over the whole time
 RECENT = 20  # steps that loss and speed are averaged over
 BAR = 22  # characters
 
@@ -26,7 +26,7 @@ class ProgressLine:
         self.stream = stream or sys.stdout
         self.live = self.stream.isatty()
         self._shown = -1.0
-        self._next_plain = 0.0
+        self._plain = 0
         self._recent: list[tuple[float, int, int]] = []  # (moment, samples, tokens), oldest first
 
     def update(self, history: History, *, done: float, left: float) -> None:
@@ -37,8 +37,8 @@ class ProgressLine:
             if now - self._shown >= REFRESH:
                 self._shown = now
                 self._rewrite(self._text(history, done, left))
-        elif done >= self._next_plain:
-            self._next_plain = done - done % PLAIN_EVERY + PLAIN_EVERY
+        elif int(done * PLAIN_LINES) >= self._plain:
+            self._plain = int(done * PLAIN_LINES) + 1
             print(
                 f"{100 * min(done, 1):3.0f}%  {self._text(history, done, left, bar=False)}",
                 file=self.stream,
