@@ -123,37 +123,43 @@ def generate(
 def list_(
     pattern: Annotated[str, typer.Argument(help="A wildcard pattern such as '*kimi*'.")] = "*",
 ) -> None:
-    """List models and their parts."""
+    """List models and their parts, with their parameters."""
     from vlkit import registry
 
-    found = {"models": registry.list_models(pattern)}
-    found |= {f"{kind} parts": registry.list_components(kind, pattern) for kind in registry.KINDS}
-    if not any(found.values()):
+    found = {"models": {name: _model_size(name) for name in registry.list_models(pattern)}}
+    for kind in registry.KINDS:
+        found[f"{kind} parts"] = {name: _part_size(kind, name) for name in registry.list_components(kind, pattern)}
+    found = {heading: sizes for heading, sizes in found.items() if sizes}
+    if not found:
         from vlkit.errors import UnknownModelError
 
-        raise UnknownModelError(
-            f"no name fits {pattern!r}; `vlkit list` shows all, and '*{pattern}*' looks inside names"
-        )
-    width = max(len(name) for names in found.values() for name in names)
-    first = True
-    for heading, names in found.items():
-        if not names:
-            continue
-        typer.echo(heading if first else f"\n{heading}")
-        first = False
-        for name in names:
-            typer.echo(f"  {name:<{width}}  {_sizes(name) if heading == 'models' else ''}".rstrip())
+        raise UnknownModelError(f"no name fits {pattern!r}; `vlkit list` shows all, '*{pattern}*' looks inside names")
+    width = max(len(name) for sizes in found.values() for name in sizes)
+    blocks = [
+        "\n".join([heading, *(f"  {name:<{width}}  {size}".rstrip() for name, size in sizes.items())])
+        for heading, sizes in found.items()
+    ]
+    typer.echo("\n\n".join(blocks))
 
 
-def _sizes(name: str) -> str:
+def _model_size(name: str) -> str:
     from vlkit.registry import model_spec
-    from vlkit.summary import short
 
     spec = model_spec(name)
-    if not spec.num_parameters:
-        return ""
-    active = spec.num_active_parameters
-    return f"{short(spec.num_parameters):>7}" + (f", {short(active)} active" if active < spec.num_parameters else "")
+    return _size(spec.num_parameters, spec.num_active_parameters) if spec.num_parameters else ""
+
+
+def _part_size(kind: str, name: str) -> str:
+    from vlkit.summary import count
+
+    part = _part(kind, name)
+    return _size(count(part), count(part, active=True))
+
+
+def _size(total: int, active: int) -> str:
+    from vlkit.summary import short
+
+    return f"{short(total):>7}" + (f", {short(active)} active" if active < total else "")
 
 
 @app.command()
@@ -178,8 +184,10 @@ def info(
         spec = registry.model_spec(name)
         model, rule = create_model(name, device="meta"), spec.processor.image
     else:
-        part = _part(name)
-        typer.echo(tree(part, name, max_depth=depth))
+        kinds = [kind for kind in registry.KINDS if name in registry.list_components(kind)]
+        if not kinds:
+            registry.model_spec(name)  # raises, with the nearest names
+        typer.echo("\n\n".join(tree(_part(kind, name), name, max_depth=depth) for kind in kinds))
         return
     typer.echo(tree(model, name, max_depth=depth))
     total, active = count(model), count(model, active=True)
@@ -208,14 +216,11 @@ def _parse_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _part(name: str) -> nn.Module:
+def _part(kind: str, name: str) -> nn.Module:
+    """A registered part without memory."""
     from vlkit import registry
     from vlkit.models.meta import on_meta
 
-    for kind in registry.KINDS:
-        if name in registry.list_components(kind):
-            part = registry.component(kind, name)
-            with on_meta():
-                return part.module(part.configs[name])
-    registry.model_spec(name)  # raises, with the nearest names
-    raise AssertionError(name)
+    component = registry.component(kind, name)
+    with on_meta():
+        return component.module(component.configs[name])
