@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vlkit
-from vlkit.errors import ConfigError, KeyMismatchError
+from vlkit.errors import ConfigError, CorruptCheckpointError, KeyMismatchError
+from vlkit.hub.checkpoint import verify_manifest
 from vlkit.testing import random_batch
 
 
@@ -94,3 +95,14 @@ def test_a_config_that_is_not_understood_is_refused(tmp_path: Path, config: dict
 def test_a_name_that_is_neither_folder_nor_repository(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no such folder"):
         vlkit.from_pretrained(tmp_path / "nothing" / "here")
+
+
+def test_a_manifest_finds_a_flipped_byte(tmp_path: Path) -> None:
+    vlkit.create_model("kimi-vl-tiny").save_pretrained(tmp_path / "m", manifest=True)
+    verify_manifest(tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CorruptCheckpointError, match="model.safetensors"):
+        verify_manifest(tmp_path / "m")

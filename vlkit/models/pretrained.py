@@ -16,7 +16,9 @@ import torch
 
 from vlkit.errors import ConfigError
 from vlkit.hub import pretrained as hub
+from vlkit.hub.checkpoint import write_manifest
 from vlkit.hub.keymap import KeyMap, rename
+from vlkit.hub.safe_files import safe_file
 from vlkit.hub.strict_json import read_json
 from vlkit.models.meta import on_meta
 from vlkit.models.vlm import VisionLanguageModel, VLMConfig
@@ -49,7 +51,7 @@ def from_pretrained(
         cache_dir: Where downloads are kept; None means the Hub client's own place.
         token: For gated and private repositories; None means the one that is stored.
         local_files_only: Never ask the Hub.
-        dtype: "auto" keeps the checkpoint's own, tensor by tensor; otherwise a floating dtype that all weights are cast to.
+        dtype: Of the parameters; "auto" is what most of the checkpoint's numbers have. Buffers keep the model's own.
         device: Where the weights go.
         strict: Every name and shape must fit; False loads what fits and warns of the rest.
         allow_pickle: Read `.bin` files if there is nothing else, with torch's weights_only loader.
@@ -77,7 +79,11 @@ def from_pretrained(
 
 
 def save_pretrained(
-    model: VisionLanguageModel, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+    model: VisionLanguageModel,
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+    manifest: bool = False,
 ) -> None:
     """Write config.json and the weights, whole or not at all, in the layout that `model.config.family` names.
 
@@ -88,6 +94,7 @@ def save_pretrained(
         model: The model.
         folder: Made if it is not there.
         max_shard_size: Bytes, or a text such as "5GB"; more go into several files with an index.
+        manifest: Also write SHA256SUMS, which `sha256sum -c` and `vlkit.hub.checkpoint.verify_manifest` read.
 
     Raises:
         DiskFullError: Not enough space; the old folder is whole.
@@ -102,6 +109,8 @@ def save_pretrained(
     def write(staging: Path) -> None:
         (staging / "config.json").write_text(text, encoding="utf-8")
         hub.save_weights(model, staging, keys, max_shard_size=max_shard_size, dtypes=model.published_dtypes)
+        if manifest:
+            write_manifest(staging)
 
     hub.write_folder(Path(folder), write, replaces=hub.is_weight_file)
 
@@ -139,7 +148,7 @@ def read_config(folder: Path) -> VLMConfig:
     Raises:
         ConfigError: No family answers to the model_type; the message lists those that are known.
     """
-    values = read_json(folder / "config.json")
+    values = read_json(safe_file(folder, "config.json"))
     model_type = values.get("model_type")
     if model_type == OWN_MODEL_TYPE:
         return _read_own(values, folder / "config.json")

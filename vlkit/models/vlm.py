@@ -309,11 +309,13 @@ class VisionLanguageModel(nn.Module):
             if module is not self and callable(reset):
                 reset()
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", manifest: bool = False
+    ) -> None:
         """Write config and weights in the family's own Hub layout. See `vlkit.models.pretrained.save_pretrained`."""
         from vlkit.models.pretrained import save_pretrained
 
-        save_pretrained(self, folder, max_shard_size=max_shard_size)
+        save_pretrained(self, folder, max_shard_size=max_shard_size, manifest=manifest)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Save to a temporary folder and upload it. See `vlkit.models.pretrained.push_to_hub`."""
