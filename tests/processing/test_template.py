@@ -127,6 +127,7 @@ def repeated(start: str, step: str) -> str:
 
 ATTACKS = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "loops over lists": "{% set r = range(99999)|list %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
     "counting": "{% set n = namespace(x=0) %}{% for a in range(99999) %}{% for b in range(99999) %}"
     "{% set n.x = n.x + 1 %}{% endfor %}{% endfor %}",
     "branching recursion": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
@@ -216,6 +217,16 @@ def test_hostile_templates_are_stopped_soon(attack: str) -> None:
 def test_errors_say_what_and_where(source: str, match: str) -> None:
     with pytest.raises(TemplateError, match=match):
         ChatTemplate(source).render(conversation())
+
+
+def test_what_is_made_in_all_is_bounded() -> None:
+    """Each value is small enough, and time would allow more."""
+    limits = TemplateLimits(seconds=60, characters=1000)
+    source = "{% for i in range(COUNT) %}{% set s = 'x' * 990 %}{% endfor %}"
+
+    ChatTemplate(source.replace("COUNT", "60"), limits).render(conversation())
+    with pytest.raises(TemplateError, match="values of more than 64000 characters in all"):
+        ChatTemplate(source.replace("COUNT", "70"), limits).render(conversation())
 
 
 def test_a_stopped_template_can_be_used_again() -> None:

@@ -16,23 +16,11 @@ def read_json(path: Path) -> Any:
         ConfigError: It cannot be read, is not UTF-8 or not JSON, holds NaN, or names a key twice.
     """
     try:
-        return parse_json(path.read_bytes(), str(path))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def parse_json(content: bytes, name: str) -> Any:
-    """The content of a JSON file that was read already.
-
-    Raises:
-        ConfigError: As `read_json`.
-    """
-    try:
-        return json.loads(content.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique)
+        return json.loads(path.read_bytes().decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{name}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{name}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def _refuse_constant(name: str) -> None:

@@ -5,14 +5,12 @@ text --cut at special names--> pieces --the file's own normaliser, splitter and 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Self
 
 from vlkit.errors import TokenError
-from vlkit.processing.files import parse_json
 from vlkit.processing.special_tokens import SpecialTokens, check_ids, check_text
 
 
@@ -28,7 +26,6 @@ class JsonTokenizer:
 
     Raises:
         TokenError: The file is not a tokenizer.
-        ConfigError: It is not JSON.
     """
 
     def __init__(
@@ -38,23 +35,26 @@ class JsonTokenizer:
 
         if content.startswith(b"version https://git-lfs"):
             raise TokenError(f"{name}: this is a Git LFS pointer, not the vocabulary; run `git lfs pull`")
-        data = parse_json(content, name)
         try:
-            added = data["added_tokens"]
+            whole = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise TokenError(f"{name}: not a tokenizer: {error}") from error
+        added = whole.get_added_tokens_decoder()
+        try:
             self._special = SpecialTokens(
-                {token["content"]: token["id"] for token in added},
-                shown=[token["content"] for token in added if not token.get("special", True)],
-                strip_left=[token["content"] for token in added if token.get("lstrip")],
-                strip_right=[token["content"] for token in added if token.get("rstrip")],
+                {token.content: id for id, token in added.items()},
+                shown=[token.content for token in added.values() if not token.special],
+                strip_left=[token.content for token in added.values() if token.lstrip],
+                strip_right=[token.content for token in added.values() if token.rstrip],
             )
-            plain = json.dumps({**data, "added_tokens": [], "truncation": None, "padding": None}, ensure_ascii=False)
-            self._tokenizer = tokenizers.Tokenizer.from_str(plain)
         except TokenError as error:
             raise TokenError(f"{name}: {error}") from error
-        except Exception as error:  # tokenizers raises bare Exception
-            raise TokenError(f"{name}: not a tokenizer: {type(error).__name__}: {error}") from error
+        self._tokenizer = tokenizers.Tokenizer(whole.model)
+        self._tokenizer.normalizer = whole.normalizer
+        self._tokenizer.pre_tokenizer = whole.pre_tokenizer
+        self._tokenizer.decoder = whole.decoder
         self.special = self._special.ids
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=False).values()
+        vocabulary = self._tokenizer.get_vocab().values()
         self.vocab_size = max((*vocabulary, *self.special.values()), default=-1) + 1
         self.files: Mapping[str, bytes] = dict(files or {"tokenizer.json": content})
 
@@ -64,7 +64,6 @@ class JsonTokenizer:
 
         Raises:
             TokenError: No such file, or a broken one.
-            ConfigError: It is not JSON.
         """
         folder = Path(folder)
         names = [name for name in ("tokenizer.json", "tokenizer_config.json") if (folder / name).is_file()]

@@ -140,11 +140,9 @@ def _guarded(value: Any, special: Collection[str]) -> Any:
         for name in special:
             if len(name) > 1:
                 value = value.replace(name, name[0] + _BREAK + name[1:])
-        # Two texts that a template joins could make a name between them.
+        # Two texts that a template joins could make a name between them: what ends like the start of one is closed.
         if any(value.endswith(name[:cut]) for name in special for cut in range(1, len(name))):
             value += _BREAK
-        if any(value.startswith(name[cut:]) for name in special for cut in range(1, len(name))):
-            value = _BREAK + value
         return value
     if isinstance(value, Mapping):
         if value.get("type") == "image":
