@@ -8,8 +8,12 @@ from vlkit.processing.image_reading import ReadRule as ReadRule
 from vlkit.processing.image_reading import read_image as read_image
 from vlkit.processing.image_rule import ImageRule as ImageRule
 from vlkit.processing.image_rule import ResizePlan as ResizePlan
+from vlkit.processing.json_tokenizer import JsonTokenizer as JsonTokenizer
 from vlkit.processing.processor import Processor as Processor
 from vlkit.processing.processor_config import ProcessorConfig as ProcessorConfig
+from vlkit.processing.template import ChatTemplate as ChatTemplate
+from vlkit.processing.template_sandbox import TemplateLimits as TemplateLimits
+from vlkit.processing.tiktoken_tokenizer import TiktokenTokenizer as TiktokenTokenizer
 from vlkit.processing.tokenizer import ByteTokenizer as ByteTokenizer
 from vlkit.processing.tokenizer import Tokenizer as Tokenizer
 from vlkit.processing.tokenizer import load_tokenizer as load_tokenizer
