@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from vlkit.demo.options import Options
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -57,18 +59,22 @@ def _options(
 
 @app.command()
 def demo(
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long to train.")] = 140.0,
-    optimizer: Annotated[Literal["muon", "adamw"], typer.Option(help="Rule for the hidden matrices.")] = "muon",
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to train.")] = Options.seconds,
+    optimizer: Annotated[
+        Literal["muon", "adamw"], typer.Option(help="Rule for the hidden matrices.")
+    ] = Options.optimizer,
     lr: Annotated[
         float | None, typer.Option(help="Highest learning rate; by default what suits the optimizer.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights and data.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights and data.")] = Options.seed,
     vision: Annotated[str | None, typer.Option(help="A tower of `vlkit list`; by default a small MoonViT.")] = None,
     projector: Annotated[str | None, typer.Option(help="A projector; by default a small pixel shuffle.")] = None,
     llm: Annotated[str | None, typer.Option(help="A decoder; by default a small Moonlight with experts.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Strips per step.")] = 64,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes what suits this machine.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder of the model and the page.")] = Path("vlkit-demo"),
+    batch: Annotated[int, typer.Option(min=1, help="Strips per step.")] = Options.batch,
+    threads: Annotated[
+        int, typer.Option(min=1, help="CPU threads; small models gain little from more.")
+    ] = Options.threads,
+    out: Annotated[Path, typer.Option(help="Folder of the model and the page.")] = Options.out,
 ) -> None:
     """Train a small model to read handwriting, here and now.
 
@@ -76,7 +82,7 @@ def demo(
     it, loads it in a fresh process, and writes a page with what it read of strips by writers whom it never saw. Ctrl-C
     stops the training and keeps what was learnt.
     """
-    from vlkit.demo.run import Options, run
+    from vlkit.demo.run import run
 
     run(
         Options(

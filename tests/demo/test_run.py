@@ -15,7 +15,8 @@ from PIL import Image
 
 import vlkit
 from vlkit.demo import run as demo
-from vlkit.demo.run import MARK, Options, build_model, prepare_folder
+from vlkit.demo.options import Options
+from vlkit.demo.run import MARK, build_model, prepare_folder
 from vlkit.demo.task import PROMPT, read
 from vlkit.errors import CheckpointError, ConfigError, UnknownModelError
 

@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 
-from vlkit.demo.run import Options, build_model
+from vlkit.demo.options import Options
+from vlkit.demo.run import build_model
 from vlkit.demo.strips import MAX_DIGITS
 from vlkit.demo.task import image_rule
 from vlkit.demo.train import (

@@ -12,14 +12,14 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from vlkit.config import Config
 from vlkit.demo.digits import load_digits
+from vlkit.demo.options import Options
 from vlkit.demo.progress import ProgressLine
 from vlkit.demo.report import Reading, Result, render
 from vlkit.demo.strips import Strip, make_strips
@@ -66,22 +66,6 @@ JUDGED = 400  # strips of unseen writers on the page
 MARK = "vlkit-demo.json"  # in every folder that the demo made; others are never touched
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a person can choose; see `vlkit demo --help`."""
-
-    seconds: float = 140.0
-    optimizer: Literal["muon", "adamw"] = "muon"
-    lr: float | None = None
-    seed: int = 0
-    vision: str | None = None
-    projector: str | None = None
-    llm: str | None = None
-    batch: int = 64
-    threads: int = 0
-    out: Path = Path("vlkit-demo")
-
-
 def run(options: Options) -> Path:
     """The whole demo.
 
@@ -93,7 +77,7 @@ def run(options: Options) -> Path:
         ConfigError: Parts that do not fit each other or the task.
     """
     begin = time.perf_counter()
-    torch.set_num_threads(options.threads or 1)  # matrices this small gain nothing from a second thread
+    torch.set_num_threads(options.threads)
     out = prepare_folder(options.out)
     torch.manual_seed(options.seed)
     model = build_model(options)
