@@ -83,3 +83,8 @@ def test_decoding_never_expands_the_stored_rows() -> None:
     module(x[5:6], Rotary(rotary.cos[5:6], rotary.sin[5:6]), Layout((1,)), cache, 0)
     assert not calls
     assert cache.num_bytes == 8 * (RANK + ROPE) * 8
+
+
+def test_the_norm_of_the_latent_has_its_own_epsilon() -> None:
+    """Published code passes none; with 1e-5, as in the other norms, logits move by 1e-5: too little to be seen elsewhere."""
+    assert LatentAttention(8, 1, kv_rank=4, nope_dim=2, rope_dim=2, value_dim=2).kv_norm.eps == 1e-6

@@ -66,27 +66,25 @@ def test_other_text_in_one_sequence_changes_no_bit_of_another(name: str, dtype: 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_with_cache_is_without_through_select(name: str) -> None:
-    """Unequal prompts, single tokens, and a sequence that ends on the way."""
+    """Unequal prompts, an unequal chunk, single tokens, and a sequence that ends on the way."""
     model = make(name)
     ids = ids_of(model, LENGTHS)
     texts = ids.split(LENGTHS)
+    done = {0: 0, 2: 0}
     with torch.no_grad():
         want = hidden(model, ids, LENGTHS).split(LENGTHS)
         cache = model.new_cache(2, 3, dtype=torch.float64)
-        start = {0: 4, 2: 9}
-        lengths = (4, 9)
-        prompt = torch.cat([texts[i][:n] for i, n in start.items()])
-        got = model(Packed(model.embed(prompt), Layout(lengths)), cache=cache).hidden.tokens.split(lengths)
-        for (i, n), rows in zip(start.items(), got, strict=True):
-            assert torch.allclose(rows, want[i][:n], rtol=0, atol=1e-11)
-        for step in range(3):
-            if step == 2:
+        for new in [(4, 8), (2, 1), (1, 1), (0, 1), (0, 1)]:
+            if new[0] == 0 and 0 in done:
                 cache.select([1])
-                start.pop(0)
-            new = torch.stack([texts[i][n + step] for i, n in start.items()])
-            rows = model(Packed(model.embed(new), Layout((1,) * len(start))), cache=cache).hidden.tokens
-            for (i, n), row in zip(start.items(), rows, strict=True):
-                assert torch.allclose(row, want[i][n + step], rtol=0, atol=1e-11)
+                del done[0]
+            step = {i: n for i, n in zip((0, 2), new, strict=True) if n}
+            fresh = torch.cat([texts[i][done[i] : done[i] + n] for i, n in step.items()])
+            packed = Packed(model.embed(fresh), Layout(tuple(step.values())))
+            rows = model(packed, cache=cache).hidden.tokens.split(list(step.values()))
+            for (i, n), part in zip(step.items(), rows, strict=True):
+                assert torch.allclose(part, want[i][done[i] : done[i] + n], rtol=0, atol=1e-11)
+                done[i] += n
     assert cache.lengths == [12]
 
 
@@ -97,8 +95,11 @@ def test_checkpointing_changes_no_bit(name: str) -> None:
     plain = hidden(model, ids, LENGTHS)
     want = gradients(model, model.head(plain).square().sum())
     model.gradient_checkpointing = True
+    runs = []
+    model.blocks[1].attn.register_forward_hook(lambda *_: runs.append(1))
     again = hidden(model, ids, LENGTHS)
     got = gradients(model, model.head(again).square().sum())
+    assert len(runs) == 2, "the block was not run again in the backward"
     assert torch.equal(plain, again)
     assert all(torch.equal(got[key], want[key]) for key in want)
 
