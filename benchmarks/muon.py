@@ -9,7 +9,8 @@ Sets of weights:
     S     256 matrices of 64x64
     demo  the matrices of a small vision-language model with experts (0.8 M)
 
-"products" is the time of the standard form's matrix products alone, in bf16: five steps of X X^T, R R and Z X for every matrix.
+"products" is the time of the standard form's matrix products alone, in bf16: five steps of X X^T, R R and Z X for every
+matrix.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ FASTEST = {"ns": "ps4", "ns_norm": "schatten8"}
 
 
 def parameters(shapes: Sequence[tuple[int, ...]], *, flat: bool = False) -> list[nn.Parameter]:
-    """Parameters with gradients; flat gives the experts of a stack one by one, for optimizers that know only matrices."""
+    """Parameters with gradients; flat gives the experts of a stack one by one, for optimizers that know only
+    matrices.
+    """
     generator = torch.Generator().manual_seed(0)
     made = []
     for shape in shapes:
