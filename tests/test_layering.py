@@ -15,6 +15,7 @@ PARTS = {"vision", "projectors", "llm"}
 MAY_IMPORT = {
     **dict.fromkeys(FOUNDATIONS, FOUNDATIONS),
     **{room: FOUNDATIONS | {room} for room in MIDDLE},
+    "processing": FOUNDATIONS | {"processing", "hub"},  # vocabularies and settings come from repositories too
     **{room: FOUNDATIONS | MIDDLE | {room} for room in PARTS},
     "generation": FOUNDATIONS | MIDDLE | PARTS | {"generation"},
     "models": FOUNDATIONS | MIDDLE | PARTS | {"generation", "models"},

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -90,7 +90,7 @@ class Layout:
         offsets = list(offsets)
         if not offsets or offsets[0] != 0 or offsets[-1] != num_tokens:
             raise LayoutError(f"offsets must run from 0 to {num_tokens}, found {offsets[:1]} ... {offsets[-1:]}")
-        return cls(tuple(b - a for a, b in zip(offsets, offsets[1:], strict=False)))
+        return cls(tuple(b - a for a, b in pairwise(offsets)))
 
     @staticmethod
     def concat(layouts: Sequence[Layout]) -> Layout:

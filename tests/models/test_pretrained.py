@@ -104,5 +104,5 @@ def test_a_manifest_finds_a_flipped_byte(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CorruptCheckpointError, match="model.safetensors"):
+    with pytest.raises(CorruptCheckpointError, match=r"model\.safetensors"):
         verify_manifest(tmp_path / "m")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import os
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,7 +26,7 @@ _SUBFOLDERS = "*/*"
 
 
 def resolve(
-    repo_or_folder: str | Path,
+    repo_or_folder: str | os.PathLike[str],
     *,
     revision: str | None = None,
     cache_dir: str | Path | None = None,

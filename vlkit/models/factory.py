@@ -120,8 +120,9 @@ def create_processor(model: str | VisionLanguageModel) -> Processor:
     processor = Processor(ProcessorConfig(image=rule))
     if processor.image_token_id != config.image_token_id:
         raise ConfigError(
-            f"the model's image_token_id is {config.image_token_id}, the built-in byte tokenizer's is {processor.image_token_id}; "
-            "give the model the id, or make a Processor with the tokenizer that the model was trained with"
+            f"the model's image_token_id is {config.image_token_id}, the built-in byte tokenizer's is "
+            f"{processor.image_token_id}; give the model the id, or make a "
+            "Processor with the tokenizer that the model was trained with"
         )
     return processor
 

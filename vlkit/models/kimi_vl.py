@@ -204,7 +204,7 @@ def published(repo_id: str, *, max_patches: int) -> ModelSpec:
         processor=ProcessorConfig(
             tokenizer="files",
             chat=CHAT_FORMATS["kimi"],
-            image=ImageRule(patch_size=14, merge_size=2, max_patches=max_patches),
+            image=ImageRule(patch_size=14, merge_size=2, max_patches=max_patches, max_aspect=None),
         ),
         # The figures of the checkpoint less the 26 x 64 selection biases of the routers, which are buffers here.
         num_parameters=16_407_656_048 - 1664,

@@ -32,7 +32,7 @@ OWN_MODEL_TYPE = "vlkit"
 
 
 def from_pretrained(
-    repo_or_folder: str | Path,
+    repo_or_folder: str | os.PathLike[str],
     *,
     revision: str | None = None,
     cache_dir: str | Path | None = None,

@@ -362,5 +362,6 @@ def placeholder_rows(mask: Tensor, text: Layout, images: Layout) -> Int[Tensor, 
                 f"with {images.num_tokens} tokens in all). Was the chat rendered with another processor?"
             )
     raise PlaceholderMismatchError(
-        f"the text has {len(host)} placeholders in {len(runs)} runs, the {images.num_items} images give {images.num_tokens} tokens"
+        f"the text has {len(host)} placeholders in {len(runs)} runs, "
+        f"the {images.num_items} images give {images.num_tokens} tokens"
     )

@@ -2,64 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vlkit.errors import ConfigError
+from vlkit.hub.strict_json import read_json
 from vlkit.processing.chat import CHAT_FORMATS
-from vlkit.processing.files import read_json
 from vlkit.processing.image_rule import ImageRule
 from vlkit.processing.processor_config import ProcessorConfig
 
 IMAGE_FILE = "preprocessor_config.json"
 KEPT_FILES = (IMAGE_FILE, "chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json")
 """What a saved processor writes back, beside the tokenizer's files."""
-DOWNLOADED_FILES = (
-    *KEPT_FILES,
-    "processor.json",
-    "config.json",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "tiktoken.model",
-    "*.tiktoken",
-)
-"""What a processor reads of a repository."""
-
-
-def resolve(
-    repo_or_folder: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-) -> Path:
-    """The folder itself, or that of the Hub's cache with a repository's small files, all of one commit.
-
-    Raises:
-        ConfigError: No such folder, and no name of a repository.
-        OSError: What the Hub client raises: no such repository or revision, no access, no connection.
-    """
-    name = os.fspath(repo_or_folder)
-    if os.path.isdir(name):
-        return Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise ConfigError(f"{name!r}: no such folder, and no repository name of the form 'owner/name'")
-    from huggingface_hub import snapshot_download
-
-    return Path(
-        snapshot_download(
-            name,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            allow_patterns=list(DOWNLOADED_FILES),
-        )
-    )
 
 
 def processor_config(folder: Path) -> ProcessorConfig:
@@ -72,8 +27,6 @@ def processor_config(folder: Path) -> ProcessorConfig:
     if not path.is_file():
         raise ConfigError(f"{folder}: neither processor.json nor {IMAGE_FILE}")
     fields = read_json(path)
-    if not isinstance(fields, Mapping):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(fields).__name__}")
     if "in_token_limit" in fields:
         return _kimi_vl(fields, path)
     if str(fields.get("image_processor_type", "")).startswith(("Qwen2VLImageProcessor", "Qwen3VLImageProcessor")):
@@ -118,7 +71,7 @@ def _qwen_vl(fields: Mapping[str, Any], path: Path) -> ProcessorConfig:
     size = fields.get("size") or {}
     edges = (size.get("shortest_edge"), size.get("longest_edge")) if isinstance(size, Mapping) else (None, None)
     config = read_json(path.parent / "config.json") if (path.parent / "config.json").is_file() else {}
-    third = isinstance(config, Mapping) and str(config.get("model_type", "")).startswith("qwen3_vl")
+    third = str(config.get("model_type", "")).startswith("qwen3_vl")
     try:
         return ProcessorConfig(
             tokenizer="files",

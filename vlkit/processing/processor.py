@@ -22,10 +22,11 @@ from vlkit.errors import (
     TemplateError,
     VlkitError,
 )
+from vlkit.hub.repository import resolve
+from vlkit.hub.strict_json import read_json
 from vlkit.packing import Batch, Layout, Packed
 from vlkit.processing import hub_files
 from vlkit.processing.chat import Message, Piece, Text, chat_pieces, check_messages, encode_pieces
-from vlkit.processing.files import read_json
 from vlkit.processing.image import pack_images
 from vlkit.processing.processor_config import ProcessorConfig
 from vlkit.processing.template import ChatTemplate
@@ -223,8 +224,13 @@ class Processor:
             TokenError: The vocabulary is missing or broken.
             OSError: What the Hub client raises.
         """
-        path = hub_files.resolve(
-            repo_or_folder, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+        path = resolve(
+            repo_or_folder,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            weights=False,
         )
         if (path / PROCESSOR_FILE).is_file():
             values = read_json(path / PROCESSOR_FILE)

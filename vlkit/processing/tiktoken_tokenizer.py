@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 from vlkit.errors import TokenError
-from vlkit.processing.files import read_json
+from vlkit.hub.strict_json import read_json
 from vlkit.processing.special_tokens import SpecialTokens, added_tokens, check_ids, check_text
 
 

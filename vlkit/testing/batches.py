@@ -38,8 +38,8 @@ def random_batch(
 
     Args:
         model: Decides the vocabulary, the patch size and the dtype.
-        sequences: For each sequence the number of text tokens and its images' grids in image tokens (rows, columns), after merging.
-            Text is spread before, between and behind the images.
+        sequences: For each sequence the number of text tokens and its images' grids (rows, columns) in image tokens, after
+            merging. Text is spread before, between and behind the images.
         seed: Of ids and patches.
         labels: Whether to add labels: the ids, with -100 at placeholders.
     """
