@@ -20,12 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from vlkit.config import Config, Positive, Size
 from vlkit.errors import ConfigError, LayoutError
 from vlkit.hub.keymap import KeyMap, rename, reshape, split
-from vlkit.layers.attention import Backend, SelfAttention
+from vlkit.layers.attention import Backend
 from vlkit.layers.mlp import MLP
 from vlkit.layers.norm import LayerNorm
 from vlkit.layers.patch import PatchEmbed, conv_to_linear, linear_to_conv
 from vlkit.layers.position import PositionTable
 from vlkit.layers.rope import Rotary, grid_positions, make_rotary, rotary_angles, rotary_frequencies_2d
+from vlkit.layers.self_attention import SelfAttention
 from vlkit.packing import Layout, Packed, Segments
 from vlkit.registry import register_component
 
