@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.layers.attention_cases import WIDTHS, inputs
+from vlkit.errors import BackendError
 from vlkit.layers.attention import attention
 from vlkit.packing import Layout
 
@@ -47,3 +48,9 @@ def test_queries_are_the_last_positions_of_a_cache() -> None:
     for new in (1, 4, 9):
         ours = attention(q[-new:], k[None], v[None], layout=Layout((new,)), causal=True, key_lengths=[9])
         torch.testing.assert_close(ours, whole[-new:])
+
+
+def test_an_unknown_backend_is_refused_here_too() -> None:
+    q, cache = torch.randn(1, 2, 4), torch.randn(1, 3, 2, 4)
+    with pytest.raises(BackendError, match="'eager' is not one of auto, plain"):
+        attention(q, cache, cache, layout=Layout((1,)), key_lengths=[2], backend="eager")  # type: ignore[arg-type]

@@ -74,6 +74,8 @@ def attention(
         scale = q.shape[-1] ** -0.5
     if backend == "auto":
         backend = choose_backend(q, k, v)
+    if backend not in _BACKENDS:
+        raise BackendError(f"attention backend {backend!r} is not one of auto, {', '.join(_BACKENDS)}")
     if key_lengths is not None:
         return attend_cached(q, k, v, read_lengths(layout), key_lengths, causal, scale, plain=backend == "plain")
     if not q.shape[0] == k.shape[0] == v.shape[0] or k.shape[1] != v.shape[1] or not heads_fit(q, k):
@@ -82,8 +84,6 @@ def attention(
             "[tokens, heads, head_dim], [tokens, kv_heads, head_dim] and [tokens, kv_heads, value_dim], "
             "heads a multiple of kv_heads"
         )
-    if backend not in _BACKENDS:
-        raise BackendError(f"attention backend {backend!r} is not one of auto, {', '.join(_BACKENDS)}")
     return _BACKENDS[backend](q, k, v, layout, causal, scale)
 
 
