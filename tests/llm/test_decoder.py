@@ -9,8 +9,8 @@ import torch
 
 from vlkit.errors import LayoutError, SequenceTooLongError, TokenError
 from vlkit.llm.decoder import Decoder
-from vlkit.llm.moonlight import Moonlight
-from vlkit.llm.qwen3 import Qwen3
+from vlkit.llm.moonlight import build_moonlight
+from vlkit.llm.qwen3 import build_qwen3
 from vlkit.packing import Layout, Packed
 from vlkit.registry import component
 
@@ -167,7 +167,7 @@ def test_what_one_token_does_not_use_is_not_active() -> None:
 
 def test_published_moonlight_has_the_published_parameter_counts() -> None:
     with torch.device("meta"):
-        model = Moonlight(component("llm", "moonlight").configs["moonlight-kimi-vl"])
+        model = build_moonlight(component("llm", "moonlight").configs["moonlight-kimi-vl"])
     biases = sum(buffer.numel() for buffer in model.buffers())
     total = sum(p.numel() for p in model.parameters()) + biases
     assert (total, biases) == (15_960_110_208, 1664)
@@ -180,7 +180,7 @@ def test_published_configs_differ_where_they_should() -> None:
     assert (configs["moonlight"].theta, configs["moonlight"].max_positions) == (50000.0, 8192)
     assert configs["moonlight-kimi-vl"] == configs["moonlight"].replace(theta=800000.0, max_positions=131072)
     with torch.device("meta"):
-        large = Qwen3(component("llm", "qwen3").configs["qwen3-30b-a3b"])
+        large = build_qwen3(component("llm", "qwen3").configs["qwen3-30b-a3b"])
     assert sum(p.numel() for p in large.parameters()) == 30_532_122_624
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vlkit.hub.keymap import KeyMap
 from vlkit.layers.moe import Router
-from vlkit.llm.moonlight import Moonlight, MoonlightConfig, keys
+from vlkit.llm.decoder import Decoder
+from vlkit.llm.moonlight import MoonlightConfig, build_moonlight, keys
 from vlkit.packing import Layout, Packed
 
 transformers = pytest.importorskip("transformers")
@@ -87,7 +88,7 @@ def odd_config(**changes: object) -> MoonlightConfig:
 )
 def test_packed_logits_are_those_of_the_reference_one_by_one(config: MoonlightConfig) -> None:
     theirs = reference(config)
-    ours = Moonlight(config)
+    ours = build_moonlight(config)
     ours.load_state_dict(keys(config).to_ours(published(theirs)))
     ids = torch.randint(config.vocab_size, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
 
@@ -104,7 +105,7 @@ def test_packed_logits_are_those_of_the_reference_one_by_one(config: MoonlightCo
 def test_gradients_are_those_of_the_reference() -> None:
     config = odd_config()
     theirs = reference(config)
-    ours = Moonlight(config)
+    ours = build_moonlight(config)
     ours.load_state_dict(keys(config).to_ours(published(theirs)))
     ids = torch.randint(config.vocab_size, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
 
@@ -169,7 +170,7 @@ def golden_weights() -> dict[str, Tensor]:
         names += [f"{prefix}{group}{part}_proj.weight" for group in groups for part in ("gate", "up", "down")]
     names += ["model.norm.weight", "lm_head.weight"]
     with torch.device("meta"):
-        shapes = {name: t.shape for name, t in keys(GOLDEN).to_theirs(Moonlight(GOLDEN).state_dict()).items()}
+        shapes = {name: t.shape for name, t in keys(GOLDEN).to_theirs(build_moonlight(GOLDEN).state_dict()).items()}
     assert set(names) == set(shapes)
     state = {}
     for n, name in enumerate(names, start=72 - len(names)):
@@ -178,8 +179,8 @@ def golden_weights() -> dict[str, Tensor]:
     return state
 
 
-def golden_model() -> Moonlight:
-    model = Moonlight(GOLDEN).double()
+def golden_model() -> Decoder:
+    model = build_moonlight(GOLDEN).double()
     model.load_state_dict(keys(GOLDEN).to_ours(golden_weights()))
     return model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlkit.llm.qwen3 import Qwen3, Qwen3Config, keys
+from vlkit.llm.qwen3 import Qwen3Config, build_qwen3, keys
 from vlkit.packing import Layout, Packed
 
 transformers = pytest.importorskip("transformers")
@@ -50,7 +50,7 @@ def odd_config(**changes: object) -> Qwen3Config:
 @pytest.mark.parametrize("tied", [True, False])
 def test_packed_logits_and_gradients_are_those_of_the_reference_one_by_one(tied: bool) -> None:
     config = odd_config(tied=tied)
-    theirs, ours = reference(config), Qwen3(config)
+    theirs, ours = reference(config), build_qwen3(config)
     ours.load_state_dict(keys(config).to_ours(published(theirs.state_dict(), config)))
     ids = torch.randint(config.vocab_size, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
 
@@ -74,7 +74,7 @@ def published(state: dict[str, torch.Tensor], config: Qwen3Config) -> dict[str, 
 def test_key_map_writes_the_published_names_and_ignores_the_copy_of_a_tied_head(tied: bool) -> None:
     config = odd_config(tied=tied)
     state = reference(config).state_dict()
-    ours = Qwen3(config).state_dict()
+    ours = build_qwen3(config).state_dict()
     assert set(keys(config).to_theirs(ours)) == set(published(state, config))
     shapes = ({name: tensor.shape for name, tensor in each.items()} for each in (state, ours))
     assert {step.target for step in keys(config).plan_load(*shapes)} == set(ours)
@@ -83,7 +83,7 @@ def test_key_map_writes_the_published_names_and_ignores_the_copy_of_a_tied_head(
 def test_decoding_is_the_reference_over_everything() -> None:
     """Prefill of unequal sequences, then single tokens, against one run of the reference without a cache."""
     config = odd_config(tied=False)
-    theirs, ours = reference(config).double(), Qwen3(config).double()
+    theirs, ours = reference(config).double(), build_qwen3(config).double()
     ours.load_state_dict(keys(config).to_ours(theirs.state_dict()))
     texts = [torch.randint(61, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 5, 12)]
     cache = ours.new_cache(3, 4, dtype=torch.float64)  # too small: it has to grow
@@ -113,4 +113,4 @@ def test_decoding_is_the_reference_over_everything() -> None:
 )
 def test_published_sizes_have_the_published_parameter_counts(changes: dict[str, int], count: int) -> None:
     with torch.device("meta"):
-        assert sum(p.numel() for p in Qwen3(Qwen3Config(**changes)).parameters()) == count
+        assert sum(p.numel() for p in build_qwen3(Qwen3Config(**changes)).parameters()) == count

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlkit.llm.qwen3 import Qwen3, Qwen3Config, keys
+from vlkit.llm.qwen3 import Qwen3Config, build_qwen3, keys
 from vlkit.packing import Layout, Packed
 
 transformers = pytest.importorskip("transformers")
@@ -66,7 +66,7 @@ def test_packed_logits_and_gradients_are_those_of_the_reference_one_by_one(norma
         vocab_size=61, dim=28, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=10, mlp_dim=45, max_positions=64,
         num_experts=7, top_k=3, expert_dim=18, normalize=normalize, tied=False,
     )  # fmt: skip
-    theirs, ours = reference(config), Qwen3(config)
+    theirs, ours = reference(config), build_qwen3(config)
     state = published(theirs.state_dict())
     ours.load_state_dict(keys(config).to_ours(state))
     again = keys(config).to_theirs(ours.state_dict())

@@ -1,7 +1,8 @@
-"""Decoders: `Decoder(config)(embeddings: Packed, cache=...) -> DecoderOutput`, one file each."""
+"""Decoders: `build_NAME(config)` gives a Decoder, `decoder(embeddings: Packed, cache=...) -> DecoderOutput`, one file each."""
 
-from vlkit.llm.moonlight import Moonlight, MoonlightConfig
+from vlkit.llm.decoder import Decoder
+from vlkit.llm.moonlight import MoonlightConfig, build_moonlight
 from vlkit.llm.output import DecoderOutput
-from vlkit.llm.qwen3 import Qwen3, Qwen3Config
+from vlkit.llm.qwen3 import Qwen3Config, build_qwen3
 
-__all__ = ["DecoderOutput", "Moonlight", "MoonlightConfig", "Qwen3", "Qwen3Config"]
+__all__ = ["Decoder", "DecoderOutput", "MoonlightConfig", "Qwen3Config", "build_moonlight", "build_qwen3"]

@@ -78,7 +78,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, norm and head. Each decoder is this class with its own blocks and nothing overridden.
+    """Embedding, blocks, norm and head. Each decoder is this class with its own blocks.
 
     Args:
         blocks: One per layer, called as DecoderBlock is.

@@ -83,16 +83,14 @@ class MoonlightConfig(Config):
             )
 
 
-class Moonlight(Decoder):
-    """The decoder; see `Decoder` for its methods."""
-
-    def __init__(self, config: MoonlightConfig) -> None:
-        super().__init__(
-            config,
-            [_block(config, layer) for layer in range(config.num_layers)],
-            rotary_dim=config.rope_dim,
-            cache_rows=((config.kv_rank + config.rope_dim,),),
-        )
+def build_moonlight(config: MoonlightConfig) -> Decoder:
+    """The decoder with these sizes; its cache keeps one latent and one rotated key per token."""
+    return Decoder(
+        config,
+        [_block(config, layer) for layer in range(config.num_layers)],
+        rotary_dim=config.rope_dim,
+        cache_rows=((config.kv_rank + config.rope_dim,),),
+    )
 
 
 def _block(config: MoonlightConfig, layer: int) -> DecoderBlock:
@@ -165,7 +163,7 @@ _PROJECTIONS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 register_component(
     "llm",
     MoonlightConfig,
-    Moonlight,
+    build_moonlight,
     {
         "moonlight": MoonlightConfig(),
         "moonlight-16b-a3b": MoonlightConfig(),

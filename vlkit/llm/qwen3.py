@@ -69,16 +69,14 @@ class Qwen3Config(Config):
             check_routing(self.num_experts, self.top_k)
 
 
-class Qwen3(Decoder):
-    """The decoder; see `Decoder` for its methods."""
-
-    def __init__(self, config: Qwen3Config) -> None:
-        super().__init__(
-            config,
-            [_block(config) for _ in range(config.num_layers)],
-            rotary_dim=config.head_dim,
-            cache_rows=((config.num_kv_heads, config.head_dim),) * 2,
-        )
+def build_qwen3(config: Qwen3Config) -> Decoder:
+    """The decoder with these sizes; its cache keeps keys and values of every key head."""
+    return Decoder(
+        config,
+        [_block(config) for _ in range(config.num_layers)],
+        rotary_dim=config.head_dim,
+        cache_rows=((config.num_kv_heads, config.head_dim),) * 2,
+    )
 
 
 def _block(config: Qwen3Config) -> DecoderBlock:
@@ -134,7 +132,7 @@ _TINY = Qwen3Config(
 register_component(
     "llm",
     Qwen3Config,
-    Qwen3,
+    build_qwen3,
     {
         "qwen3": Qwen3Config(),
         "qwen3-0.6b": Qwen3Config(),
