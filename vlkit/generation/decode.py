@@ -6,7 +6,7 @@ batch -> embed -> llm (writes the cache) -> last hidden of every sequence -> nex
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from vlkit.generation.sampling import Sampler
 from vlkit.packing import Batch, Layout, Packed
 
 
+@runtime_checkable
 class Generator(Protocol):
     """What the loop needs of a model: embeddings of a batch, and a decoder with a cache."""
 

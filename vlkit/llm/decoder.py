@@ -9,7 +9,7 @@ A decoder's own file gives its config, its blocks and its published names.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from vlkit.llm.output import DecoderOutput
 from vlkit.packing import Layout, Packed, Segments
 
 
+@runtime_checkable
 class DecoderConfig(Protocol):
     """The fields that every decoder's config has."""
 
