@@ -106,3 +106,30 @@ def test_a_manifest_finds_a_flipped_byte(tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(CorruptCheckpointError, match=r"model\.safetensors"):
         verify_manifest(tmp_path / "m")
+
+
+def test_push_uploads_what_save_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One commit with config and weights; the repository is made first, with the token that was given."""
+    calls: list[tuple[str, dict]] = []
+
+    class Api:
+        def __init__(self, token: str | None = None) -> None:
+            calls.append(("token", {"token": token}))
+
+        def create_repo(self, repo_id: str, **options: object) -> None:
+            calls.append(("create", {"repo_id": repo_id, **options}))
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> str:
+            loaded = vlkit.from_pretrained(folder_path)
+            calls.append(("upload", {"repo_id": repo_id, "names": sorted(p.name for p in folder_path.iterdir())}))
+            assert torch.equal(loaded.llm.embedding.weight, model.llm.embedding.weight)
+            return "https://hub/commit/1"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    model = vlkit.create_model("kimi-vl-tiny")
+    assert model.push_to_hub("me/tiny", token="secret", private=True) == "https://hub/commit/1"
+    assert calls == [
+        ("token", {"token": "secret"}),
+        ("create", {"repo_id": "me/tiny", "private": True, "exist_ok": True}),
+        ("upload", {"repo_id": "me/tiny", "names": ["config.json", "model.safetensors"]}),
+    ]
