@@ -16,10 +16,6 @@ It does not hold in fp64 for odd widths (37 and 29, say), nor for one token alon
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from collections.abc import Callable
-from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -254,7 +250,7 @@ def _experts_forward(
 ) -> tuple[Tensor, Tensor]:
     """The output [tokens, dim] and, if keep, gate and up before the activation as [2, capacity, H] for the backward."""
     (num_experts, mlp_dim, dim), num_tokens = gate.shape, x.shape[0]
-    kept = _huge_pages(x.new_empty((2, _capacity(experts.numel(), num_experts) if keep else 0, mlp_dim)))
+    kept = x.new_empty((2, _capacity(experts.numel(), num_experts) if keep else 0, mlp_dim))
     if num_tokens == 1 and not keep and x.device.type == "cpu":
         return _one_token(x, experts, weights, gate, up, down), kept
 
@@ -298,7 +294,7 @@ def _experts_backward(
     plan = _plan(experts, weights, gate)
     grad_x = x.new_zeros(x.shape, dtype=weights.dtype)
     grad_rows = plan.weight.new_empty(plan.weight.shape[0])
-    grad_gate, grad_up, grad_down = (_huge_pages(s.new_empty(s.shape if train else 0)) for s in (gate, up, down))
+    grad_gate, grad_up, grad_down = (stack.new_empty(stack.shape if train else 0) for stack in (gate, up, down))
     x_buffer, y_buffer = x.new_empty((2, plan.longest, dim)).unbind()
     a_buffer = x.new_empty((plan.longest, mlp_dim))
     gates, ups, downs = gate.unbind(), up.unbind(), down.unbind()
@@ -394,29 +390,6 @@ def _plan(experts: Tensor, weights: Tensor, gate: Tensor) -> _Plan:
 def _capacity(num_slots: int, num_experts: int) -> int:
     """Rows that are enough for any routing, known from the shapes alone."""
     return num_slots + (ROW_BLOCK - 1) * num_experts
-
-
-def _huge_pages(fresh: Tensor) -> Tensor:
-    """Ask Linux to back a large new tensor with 2 MiB pages; otherwise the first write to it stops at every 4 KiB.
-
-    The gradient stacks of 64 experts of 704x1024 are 0.55 GB per layer; touching them first took 0.37 s without and 0.06 s
-    with large pages, beside 1.0 s of matrix products.
-    """
-    if fresh.device.type == "cpu" and fresh.nbytes >= 2**25 and (madvise := _madvise()) is not None:
-        page = 2**21
-        first = -(-fresh.data_ptr() // page) * page
-        last = (fresh.data_ptr() + fresh.nbytes) // page * page
-        madvise(first, last - first, 14)  # MADV_HUGEPAGE, a hint: where it is refused nothing changes
-    return fresh
-
-
-@cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    if sys.platform != "linux":
-        return None
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function
 
 
 def _one_token(x: Tensor, experts: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
