@@ -104,9 +104,9 @@ def test_checkpointing_changes_no_bit(name: str) -> None:
     assert all(torch.equal(got[key], want[key]) for key in want)
 
 
-@pytest.mark.parametrize("name", ["qwen3-tiny", "moonlight-tiny"])
-def test_block_stack_compiles_once_for_all_lengths(name: str) -> None:
-    model = make(name)
+def test_block_stack_compiles_once_for_all_lengths() -> None:
+    """With latent attention, an MLP layer and a MoE layer; the contract compiles every registered model."""
+    model = make("moonlight-tiny")
     eager = copy.deepcopy(model)
     torch._dynamo.reset()
     model.forward_blocks = torch.compile(model.forward_blocks, fullgraph=True, dynamic=True, backend="aot_eager")
