@@ -2,4 +2,5 @@
 
 from vlkit.cli import main
 
-main()
+if __name__ == "__main__":  # worker processes of the demo import this file again
+    main()

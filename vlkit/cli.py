@@ -71,6 +71,9 @@ def demo(
     projector: Annotated[str | None, typer.Option(help="A projector; by default a small pixel shuffle.")] = None,
     llm: Annotated[str | None, typer.Option(help="A decoder; by default a small Moonlight with experts.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Strips per step.")] = Options.batch,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that learn together; 0 takes two where two can run at once.")
+    ] = Options.workers,
     threads: Annotated[
         int, typer.Option(min=1, help="CPU threads; small models gain little from more.")
     ] = Options.threads,
@@ -94,6 +97,7 @@ def demo(
             projector=projector,
             llm=llm,
             batch=batch,
+            workers=workers,
             threads=threads,
             out=out,
         )

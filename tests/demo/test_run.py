@@ -92,7 +92,9 @@ def test_a_demo_replaces_what_a_demo_made(
     out = stopped[0].parent / "again"
     monkeypatch.setattr(demo, "JUDGED", 12)
     for vision in ("moonvit-tiny", None):
-        page = demo.run(Options(seconds=0.3, batch=4, vision=vision, llm="qwen3-tiny", optimizer="adamw", out=out))
+        page = demo.run(
+            Options(seconds=0.3, batch=4, vision=vision, llm="qwen3-tiny", optimizer="adamw", workers=1, out=out)
+        )
         assert page == out / "index.html"
         assert len(list((out / "strips").iterdir())) == 12
         with Image.open(out / "strips" / "003.png") as picture:

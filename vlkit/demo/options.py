@@ -20,11 +20,12 @@ class Options:
         projector: Name of a registered projector; None means a small pixel shuffle.
         llm: Name of a registered decoder; None means a small Moonlight with experts.
         batch: Strips per step.
-        threads: CPU threads.
+        workers: Processes that learn together; 0 means two where two can run at once.
+        threads: CPU threads of each process.
         out: Folder of the model and the page.
     """
 
-    seconds: float = 140.0
+    seconds: float = 150.0
     optimizer: Literal["muon", "adamw"] = "muon"
     lr: float | None = None
     seed: int = 0
@@ -32,5 +33,6 @@ class Options:
     projector: str | None = None
     llm: str | None = None
     batch: int = 128
+    workers: int = 0
     threads: int = 1
     out: Path = Path("vlkit-demo")

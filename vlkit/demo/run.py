@@ -25,6 +25,7 @@ from vlkit.demo.report import Reading, Result, render
 from vlkit.demo.strips import Strip, make_strips
 from vlkit.demo.task import PROMPT, image_rule, picture
 from vlkit.demo.train import History, train
+from vlkit.demo.workers import processes_for
 from vlkit.errors import CheckpointError, ConfigError, VlkitError
 from vlkit.layers.position import PositionTable
 from vlkit.llm.moonlight import MoonlightConfig
@@ -37,8 +38,8 @@ from vlkit.summary import short, tree
 from vlkit.version import __version__
 from vlkit.vision.moonvit import MoonViTConfig
 
-VISION = MoonViTConfig(dim=96, num_layers=3, num_heads=4, mlp_dim=256, patch_size=8, position_grid=(4, 14))
-PROJECTOR = PixelShuffleConfig(in_dim=96, out_dim=96, hidden_dim=192)
+VISION = MoonViTConfig(dim=64, num_layers=3, num_heads=4, mlp_dim=192, patch_size=8, position_grid=(4, 14))
+PROJECTOR = PixelShuffleConfig(in_dim=64, out_dim=96, hidden_dim=192)
 LLM = MoonlightConfig(
     vocab_size=ByteTokenizer.vocab_size,
     dim=96,
@@ -49,9 +50,9 @@ LLM = MoonlightConfig(
     rope_dim=8,
     value_dim=24,
     mlp_dim=256,
-    num_experts=4,
+    num_experts=8,
     top_k=2,
-    expert_dim=64,
+    expert_dim=48,
     num_shared_experts=1,
     routed_scale=1.0,
     theta=10000.0,
@@ -98,6 +99,7 @@ def run(options: Options) -> Path:
         processor,
         seconds=options.seconds,
         batch_size=options.batch,
+        workers=processes_for(options.workers),
         optimizer=options.optimizer,
         lr=options.lr,
         seed=options.seed,
@@ -250,7 +252,7 @@ def _facts(options: Options, model: VisionLanguageModel, history: History, wall:
         ("trained on", f"{len(load_digits('seen').labels):,} digits from ten forms, varied"),
         ("judged on", f"{len(load_digits('unseen').labels)} digits from four other forms, as they were written"),
         ("software", software),
-        ("threads", str(torch.get_num_threads())),
+        ("processes", f"{processes_for(options.workers)}, {options.threads} thread(s) each"),
         ("command", shlex.join(["vlkit", *sys.argv[1:]])),
     ]
 

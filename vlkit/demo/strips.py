@@ -1,6 +1,6 @@
 """Strips: one to five handwritten digits side by side, and what they say.
 
-digits [8, 8] -> each turned, sheared and scaled to 8..16 pixels -> pasted with gaps and offsets -> pixels [rows, columns]
+digits [8, 8] -> each turned, sheared and scaled to 10..16 pixels -> pasted with gaps and offsets -> pixels [rows, columns]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from vlkit.demo.digits import Digits
 
 MAX_DIGITS = 5
-MIN_SIDE, MAX_SIDE = 8, 16  # of a digit, in pixels
+MIN_SIDE, MAX_SIDE = 10, 16  # of a digit, in pixels
 MAX_ROWS = 16  # of a strip: one row of tokens where four patches of 8 pixels become one
 _CANVAS = MAX_SIDE + 2  # a digit may lean out of its box by a pixel
 
@@ -42,10 +42,10 @@ class Variation(NamedTuple):
         shift: In pixels of the strip.
     """
 
-    rotation: float = 10.0
-    shear: float = 0.15
-    stretch: float = 0.12
-    shift: float = 0.5
+    rotation: float = 16.0
+    shear: float = 0.24
+    stretch: float = 0.19
+    shift: float = 0.8
 
 
 AS_WRITTEN = Variation(0.0, 0.0, 0.0, 0.0)

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from vlkit.demo.digits import load_digits
 from vlkit.demo.report import Check, Step
 from vlkit.demo.strips import MAX_DIGITS, Strip, Variation, make_strips
 from vlkit.demo.task import StripPacker, picture, read
-from vlkit.layers.moe import Router, Routing
+from vlkit.demo.workers import Workers, learn
+from vlkit.layers.moe import Router
 from vlkit.models import VisionLanguageModel
 from vlkit.optim import Muon, muon_param_groups, warmup_decay
 from vlkit.packing import Batch
@@ -64,6 +66,7 @@ def train(
     *,
     seconds: float,
     batch_size: int = 64,
+    workers: int = 1,
     optimizer: Literal["muon", "adamw"] = "muon",
     lr: float | None = None,
     seed: int = 0,
@@ -75,7 +78,9 @@ def train(
     Strips begin with one digit and grow to five. The looks at unseen writers count as training time.
 
     Args:
-        seconds: Of the clock.
+        seconds: Of the clock; it starts when all workers are ready.
+        batch_size: Strips per step, over all workers.
+        workers: Processes that learn together, this one included.
         clock: Tells the time, in seconds.
     """
     rate = LEARNING_RATES[optimizer] if lr is None else lr
@@ -86,22 +91,28 @@ def train(
     history = History()
     samples = 0
     model.train()
-    start = clock()
     next_check = CHECK_EVERY
-    with stop_on_interrupt() as stop, BatchMaker(processor, batch_size, seed) as batches:
+    own = -(-batch_size // workers)
+    with (
+        stop_on_interrupt() as stop,
+        Workers(model, processor, workers - 1, own, seed) as others,
+        BatchMaker(processor, own, (seed, 0)) as batches,
+    ):
+        start = clock()
         while (done := (clock() - start) / seconds) < 1 and not stop.is_set():
             factor = rate_factor(done)
             for group, peak in zip(rule.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
-            batch = batches.next(longest_strip(done))
-            out = model(batch)
-            out.loss.backward()
+            others.begin(longest_strip(done))
+            shares = [learn(model, batches.next(longest_strip(done)))]
+            shares += others.collect()
             rule.step()
             rule.zero_grad(set_to_none=True)
-            balance(routers, out.routing)
-            samples += batch_size
-            history.tokens += batch.ids.layout.num_tokens
-            history.steps.append(Step(clock() - start, samples, float(out.loss.detach()), rate * factor))
+            balance(routers, [sum(load[1:], load[0]) for load in zip(*(share.load for share in shares), strict=True)])
+            samples += own * workers
+            history.tokens += sum(share.tokens for share in shares)
+            loss = sum(share.loss for share in shares) / workers
+            history.steps.append(Step(clock() - start, samples, loss, rate * factor))
             if done >= next_check:
                 next_check += CHECK_EVERY
                 history.checks.append(_check(model, processor, probe, clock() - start))
@@ -145,17 +156,19 @@ def longest_strip(done: float) -> int:
 
 
 @torch.no_grad()
-def balance(routers: list[Router], routing: tuple[Routing, ...]) -> None:
+def balance(routers: list[Router], loads: list[Tensor]) -> None:
     """Make busy experts a little less likely to be chosen, and idle ones more.
+
+    Args:
+        loads: Tokens per expert, one tensor per router.
 
     Source: Auxiliary-loss-free load balancing, arXiv:2408.15664, as DeepSeek-V3 and Moonlight use it.
     """
     if not routers:
         return
-    for router, chosen in zip(routers, routing, strict=True):
+    for router, load in zip(routers, loads, strict=True):
         assert router.bias is not None
-        load = chosen.load(router.weight.shape[0]).float()
-        router.bias += BALANCE_RATE * (load.mean() - load).sign()
+        router.bias += BALANCE_RATE * (load.float().mean() - load).sign()
 
 
 class BatchMaker:
@@ -164,7 +177,7 @@ class BatchMaker:
     Batch number n depends on the seed, n and its longest strip alone.
     """
 
-    def __init__(self, processor: Processor, batch_size: int, seed: int, *, ahead: int = 3) -> None:
+    def __init__(self, processor: Processor, batch_size: int, seed: tuple[int, int], *, ahead: int = 3) -> None:
         self._pack = StripPacker(processor)
         self._digits = load_digits("seen")
         self._batch_size, self._seed = batch_size, seed
@@ -195,7 +208,7 @@ class BatchMaker:
 
     def make(self, number: int, longest: int) -> Batch:
         strips = make_strips(
-            self._digits, self._batch_size, seed=(self._seed, 0, number), variation=Variation(), max_digits=longest
+            self._digits, self._batch_size, seed=(*self._seed, 0, number), variation=Variation(), max_digits=longest
         )
         return self._pack(strips)
 
