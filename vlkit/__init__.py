@@ -39,6 +39,8 @@ _HOME = {
     "list_models": "vlkit.registry",
 }
 _ROOMS = (
+    "config",
+    "errors",
     "generation",
     "hub",
     "layers",
@@ -46,8 +48,10 @@ _ROOMS = (
     "models",
     "objectives",
     "optim",
+    "packing",
     "processing",
     "projectors",
+    "registry",
     "testing",
     "vision",
 )

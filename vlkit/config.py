@@ -39,6 +39,8 @@ class AtMost:
 _HUGE = 2**40  # beyond any width, count or id of a model: a config that asks for more is broken or hostile
 Size = Annotated[int, AtLeast(1), AtMost(_HUGE)]
 """A whole number of at least one."""
+Depth = Annotated[int, AtLeast(1), AtMost(4096)]
+"""Layers, or pixels along a patch: a number that a model has thousands of at most."""
 Count = Annotated[int, AtLeast(0), AtMost(_HUGE)]
 """A whole number of at least zero."""
 Positive = Annotated[float, AtLeast(math.ulp(0.0))]

@@ -1,7 +1,7 @@
 """Every error that vlkit raises on purpose.
 
     VlkitError
-    ├── ConfigError, UnknownModelError, MissingDependencyError, BackendError
+    ├── ConfigError, UnknownModelError, MissingDependencyError, BackendError, NonFiniteError
     ├── LayoutError, PlaceholderMismatchError, EmptyBatchError, SequenceTooLongError, TokenError
     ├── ImageError, VideoError, TemplateError
     ├── CheckpointError ── CorruptCheckpointError, UnsafePathError, KeyMismatchError, NonFiniteWeightsError, DiskFullError
@@ -62,6 +62,10 @@ class VideoError(VlkitError, ValueError):
 
 class TemplateError(VlkitError, ValueError):
     """A conversation or a chat template cannot be rendered."""
+
+
+class NonFiniteError(VlkitError, ArithmeticError):
+    """A model gives NaN where a number is needed."""
 
 
 class CheckpointError(VlkitError, OSError):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -50,13 +51,15 @@ class Layout:
     grids: tuple[tuple[int, int, int], ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "lengths", tuple(int(n) for n in self.lengths))
+        object.__setattr__(
+            self, "lengths", tuple(_whole(n, f"length of item {i}") for i, n in enumerate(_items(self.lengths)))
+        )
         for item, length in enumerate(self.lengths):
             if length < 1:
                 raise LayoutError(f"item {item} has {length} tokens; every item of a layout needs at least one")
         if self.grids is None:
             return
-        object.__setattr__(self, "grids", tuple((int(t), int(h), int(w)) for t, h, w in self.grids))
+        object.__setattr__(self, "grids", tuple(_grid(grid, i) for i, grid in enumerate(_items(self.grids))))
         if len(self.grids) != len(self.lengths):
             raise LayoutError(f"{len(self.grids)} grids for {len(self.lengths)} items")
         for item, ((t, h, w), length) in enumerate(zip(self.grids, self.lengths, strict=True)):
@@ -66,14 +69,7 @@ class Layout:
     @classmethod
     def from_grids(cls, grids: Iterable[Sequence[int]]) -> Layout:
         """The layout of images given as (time, rows, columns) or (rows, columns), in patches."""
-        full = []
-        for item, grid in enumerate(grids):
-            if len(grid) not in (2, 3):
-                raise LayoutError(
-                    f"item {item}: a grid is (rows, columns) or (time, rows, columns), found {tuple(grid)}"
-                )
-            t, h, w = grid if len(grid) == 3 else (1, *grid)
-            full.append((int(t), int(h), int(w)))
+        full = [_grid(grid, item) for item, grid in enumerate(_items(grids))]
         return cls(lengths=tuple(t * h * w for t, h, w in full), grids=tuple(full))
 
     @classmethod
@@ -123,6 +119,10 @@ class Layout:
         return {}
 
     def _kept(self, what: str, device: torch.device | str, make: Iterable[int] | None = None) -> Tensor:
+        if self.num_tokens >= 2**31:
+            raise LayoutError(
+                f"{self.num_tokens} tokens in one pack; kernels count them in 32 bits, so split the batch"
+            )
         key = (what, str(device))
         if key not in self._per_device:
             self._per_device[key] = torch.tensor(list(make or ()), dtype=torch.int32).to(device)
@@ -148,8 +148,10 @@ class Layout:
         """The layout after every size x size block of patches became one token.
 
         Raises:
-            LayoutError: No grids, or a grid side that is not a multiple of size.
+            LayoutError: No grids, a size below 1, or a grid side that is not a multiple of size.
         """
+        if _whole(size, "merge size") < 1:
+            raise LayoutError(f"a merge size is at least 1, found {size}")
         if self.grids is None:
             raise LayoutError("only a layout with grids can be merged")
         for item, (_, h, w) in enumerate(self.grids):
@@ -161,7 +163,32 @@ class Layout:
         return Layout.from_grids((t, h // size, w // size) for t, h, w in self.grids)
 
 
-@dataclass(frozen=True)
+def _items(values: Any) -> Iterable[Any]:
+    """What lengths and grids are given as: a sequence, not a text and not one number."""
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise LayoutError(f"expected one entry per item, found {values!r}")
+    return values
+
+
+def _whole(value: Any, what: str) -> int:
+    try:
+        return index(value)
+    except TypeError:
+        raise LayoutError(f"{what}: expected a whole number, found {value!r}") from None
+
+
+def _grid(grid: Any, item: int) -> tuple[int, int, int]:
+    """(time, rows, columns), where time may be left out."""
+    sides = [] if isinstance(grid, int) else [_whole(side, f"grid of item {item}") for side in _items(grid)]
+    if len(sides) not in (2, 3):
+        raise LayoutError(f"item {item}: a grid is (rows, columns) or (time, rows, columns), found {grid!r}")
+    t, h, w = sides if len(sides) == 3 else [1, *sides]
+    return t, h, w
+
+
+@dataclass(frozen=True, eq=False)
 class Packed:
     """Tokens of several items, end to end: `tokens` is [tokens, ...], `layout` says where each item starts."""
 
@@ -192,7 +219,7 @@ class Packed:
         return Packed(torch.cat([p.tokens for p in parts]), Layout.concat([p.layout for p in parts]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """All that a model receives for one forward.
 
@@ -216,11 +243,15 @@ class Batch:
     def __post_init__(self) -> None:
         if self.ids.layout.num_items == 0:
             raise EmptyBatchError("a batch needs at least one sequence with one token")
-        if self.ids.tokens.ndim != 1 or self.ids.tokens.is_floating_point():
-            raise LayoutError(f"ids must be 1-D integers, found {self.ids.tokens.dtype} {tuple(self.ids.tokens.shape)}")
-        for name in ("labels", "positions"):
-            value = getattr(self, name)
-            if value is not None and value.shape[0] != self.ids.layout.num_tokens:
+        for name, value in (("ids", self.ids.tokens), ("labels", self.labels), ("positions", self.positions)):
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
+                raise LayoutError(f"{name} must be a tensor, found {type(value).__name__}")
+            flat = value.ndim == 1 or (name == "positions" and value.ndim == 2)
+            if not flat or value.dtype not in (torch.int64, torch.int32):
+                raise LayoutError(f"{name} must be 1-D integers, found {value.dtype} {tuple(value.shape)}")
+            if value.shape[0] != self.ids.layout.num_tokens:
                 raise LayoutError(f"{name} has {value.shape[0]} rows for {self.ids.layout.num_tokens} tokens")
         if self.patches is not None and self.patches.layout.grids is None:
             raise LayoutError("patches need a layout with grids")

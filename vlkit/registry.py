@@ -71,6 +71,8 @@ def register_component(
     """
     if kind not in KINDS:
         raise VlkitError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
+    if not configs or not all(isinstance(each, config) for each in configs.values()):
+        raise VlkitError(f"{kind}: expected named configs of class {config.__name__}, found {dict(configs)!r}")
     name = next(iter(configs))
     if f"{name}-tiny" not in configs:
         raise VlkitError(

@@ -6,6 +6,7 @@ batch -> embed -> llm (writes the cache) -> last hidden of every sequence -> nex
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -25,6 +26,14 @@ class Generator(Protocol):
     def embed(self, batch: Batch) -> Packed:
         """Decoder-wide embeddings, image tokens in place."""
         ...
+
+
+def _stop_ids(stop: Sequence[int] | Tensor) -> frozenset[int]:
+    values = stop.tolist() if isinstance(stop, Tensor) else stop
+    try:
+        return frozenset(index(value) for value in values)
+    except TypeError:
+        raise ConfigError(f"stop: expected a list of token ids, found {stop!r}") from None
 
 
 @torch.no_grad()
@@ -70,7 +79,7 @@ def generate(
     answers: list[list[int]] = [[] for _ in lengths]
     running = list(range(len(lengths)))
     sampler = Sampler(len(lengths), temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    stops = frozenset(stop)
+    stops = _stop_ids(stop)
 
     embeddings = model.embed(batch)
     cache = model.llm.new_cache(

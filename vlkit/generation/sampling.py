@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vlkit.errors import ConfigError
+from vlkit.errors import ConfigError, NonFiniteError
 
 
 def truncated_probabilities(
@@ -24,7 +24,8 @@ def truncated_probabilities(
 
     Source: nucleus sampling, arXiv:1904.09751.
     """
-    scores = logits.float() / temperature
+    # In fp64 and below the highest score: no temperature above 0 overflows, however small.
+    scores = ((logits - logits.amax(dim=-1, keepdim=True)).double() / temperature).float()
     if 0 < top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
     probabilities = scores.softmax(dim=-1)
@@ -66,9 +67,20 @@ class Sampler:
         self.generators = [torch.Generator().manual_seed(seed + i) for i in range(num_sequences)]
 
     def __call__(self, logits: Float[Tensor, "sequences vocab"], sequences: Sequence[int]) -> Int[Tensor, " sequences"]:
-        """The next id of each sequence; `sequences` says which sequences of the batch the rows are."""
+        """The next id of each sequence; `sequences` says which sequences of the batch the rows are.
+
+        Raises:
+            NonFiniteError: Logits that are NaN.
+        """
+        best, ids = logits.max(dim=-1)  # NaN counts as the highest
+        if bool(best.isnan().any()):
+            row = int(best.isnan().nonzero()[0])
+            raise NonFiniteError(
+                f"sequence {sequences[row]}: the logits are NaN; in fp16 a layer may overflow (try bf16 or fp32), "
+                "otherwise look for NaN in the weights or the pixels"
+            )
         if self.temperature == 0:
-            return logits.argmax(dim=-1)
+            return ids
         probabilities = truncated_probabilities(
             logits, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k
         ).cpu()

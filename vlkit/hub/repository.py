@@ -51,13 +51,15 @@ def resolve(
         DiskFullError: The weights do not fit into the cache. Where the Hub says how large they are, nothing was downloaded.
         OSError: What the Hub client raises: no such repository or revision, no access, no connection.
     """
-    name = str(repo_or_folder)
+    if not isinstance(repo_or_folder, str | os.PathLike):
+        raise CheckpointError(f"expected a folder or 'owner/name', found {type(repo_or_folder).__name__}")
+    name = os.fspath(repo_or_folder)
     path = Path(name).expanduser()
     if name and path.is_dir():
         return path
     if name and path.exists():
         raise CheckpointError(f"{path} is a file; give the folder that holds it")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name or not name.strip():
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or "\\" in name or not name.strip():
         raise CheckpointError(f"{name!r}: no such folder, and no repository name of the form 'owner/name'")
 
     from huggingface_hub import snapshot_download

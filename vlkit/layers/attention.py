@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -72,6 +73,10 @@ def attention(
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))  # as torch's own attention does
+    elif not q.dtype == k.dtype == v.dtype:
+        raise LayoutError(f"attention: q is {q.dtype}, k {k.dtype} and v {v.dtype}; expected one dtype")
     if backend == "auto":
         backend = choose_backend(q, k, v)
     if backend not in _BACKENDS:

@@ -8,7 +8,7 @@ Matches: transformers' deepseek_v3 with the same weights, to 1e-5 relative in fp
 
 from __future__ import annotations
 
-from vlkit.config import Config, Count, Positive, Size
+from vlkit.config import Config, Count, Depth, Positive, Size
 from vlkit.errors import ConfigError
 from vlkit.hub.keymap import KeyMap, drop, rename, stack
 from vlkit.layers.mla import LatentAttention
@@ -49,7 +49,7 @@ class MoonlightConfig(Config):
 
     vocab_size: Size = 163840
     dim: Size = 2048
-    num_layers: Size = 27
+    num_layers: Depth = 27
     num_heads: Size = 16
     kv_rank: Size = 512
     nope_dim: Size = 128

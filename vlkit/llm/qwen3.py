@@ -9,7 +9,7 @@ run.
 
 from __future__ import annotations
 
-from vlkit.config import Config, Count, Positive, Size
+from vlkit.config import Config, Count, Depth, Positive, Size
 from vlkit.errors import ConfigError
 from vlkit.hub.keymap import KeyMap, rename, stack
 from vlkit.layers.gqa import GroupedQueryAttention
@@ -43,7 +43,7 @@ class Qwen3Config(Config):
 
     vocab_size: Size = 151936
     dim: Size = 1024
-    num_layers: Size = 28
+    num_layers: Depth = 28
     num_heads: Size = 16
     num_kv_heads: Size = 8
     head_dim: Size = 128

@@ -11,7 +11,7 @@ from vlkit.config import Config
 from vlkit.errors import ConfigError
 from vlkit.models.meta import on_meta
 from vlkit.models.vlm import VisionLanguageModel, VLMConfig
-from vlkit.registry import KINDS, component, component_of, model_spec
+from vlkit.registry import KINDS, component, component_of, list_models, model_spec
 
 if TYPE_CHECKING:
     from vlkit.models.family import ModelSpec
@@ -80,7 +80,8 @@ def compose(
 
     Args:
         vision: A name of `list_components("vision")`, or a config.
-        projector: A name, whose widths are fitted to the other two, or a config, which is checked.
+        projector: A name, whose widths are fitted to the other two; a dictionary of fields of the pixel-shuffle projector,
+            likewise; or a config, which is checked.
         llm: A name of `list_components("llm")`, or a config.
         dtype: Of the weights; None means torch's default.
         device: None means torch's default; "meta" allocates nothing.
@@ -95,8 +96,9 @@ def compose(
     special = ByteTokenizer().special
     tower, decoder = _part("vision", vision), _part("llm", llm)
     fields = {"image_token_id": special["<|media_pad|>"], "stop_ids": (special["<|im_end|>"],), **more}
+    default = component("projector", "pixel-shuffle").configs["pixel-shuffle"]  # whose fields a dictionary changes
     config = VLMConfig.from_dict(
-        {"vision": tower, "projector": _fitted(projector, tower, decoder), "llm": decoder, **fields}
+        {"vision": tower, "projector": _fitted(projector, tower, decoder, default), "llm": decoder, **fields}
     )
     return build(config, dtype=dtype, device=device)
 
@@ -105,7 +107,8 @@ def create_processor(model: str | VisionLanguageModel) -> Processor:
     """The processor of a registered model, or one over bytes that fits a composed model.
 
     Args:
-        model: A name of `list_models`, or a model; what matters of a model is its patch size, merge size and placeholder id.
+        model: A name of `list_models`, or a model. One that a registered name stands for gets that name's processor; any other
+            gets the plain format over bytes with its patch size and merge size.
 
     Raises:
         UnknownModelError: No such name.
@@ -114,8 +117,13 @@ def create_processor(model: str | VisionLanguageModel) -> Processor:
     from vlkit.processing import ImageRule, Processor, ProcessorConfig
 
     if isinstance(model, str):
-        return Processor(model_spec(model).processor)
+        return _processor_of(model_spec(model))
+    if not isinstance(model, VisionLanguageModel):
+        raise ConfigError(f"create_processor: expected a registered name or a model, found {type(model).__name__}")
     config: Any = model.config
+    for name in list_models():
+        if model_spec(name).config == config:
+            return _processor_of(model_spec(name))
     rule = ImageRule(patch_size=config.vision.patch_size, merge_size=config.projector.merge_size)
     processor = Processor(ProcessorConfig(image=rule))
     if processor.image_token_id != config.image_token_id:
@@ -127,18 +135,61 @@ def create_processor(model: str | VisionLanguageModel) -> Processor:
     return processor
 
 
+def _processor_of(spec: ModelSpec) -> Processor:
+    from vlkit.processing import Processor
+
+    if spec.processor.tokenizer == "files":
+        source = repr(spec.checkpoint.repo_id) if spec.checkpoint else "repository or folder"
+        raise ConfigError(f"the vocabulary comes from files: use Processor.from_pretrained({source})")
+    return Processor(spec.processor)
+
+
 def build(
     config: VLMConfig, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> VisionLanguageModel:
-    """A model with freshly drawn weights: shapes first, on meta, then memory once, then values."""
+    """A model with freshly drawn weights: shapes first, on meta, then memory once, then values.
+
+    Raises:
+        ConfigError: A tensor that no `reset_parameters` of its part gives values to; it would be whatever memory holds.
+    """
+    for name, value in (("dtype", dtype), ("config", config)):
+        if not isinstance(value, (torch.dtype, type(None), VLMConfig)):
+            raise ConfigError(
+                f"{name}: expected a {'torch.dtype' if name == 'dtype' else 'VLMConfig'}, found {value!r}"
+            )
     device = torch.get_default_device() if device is None else torch.device(device)
     with on_meta():
         model = VisionLanguageModel(config)
     model.to(dtype=dtype or torch.get_default_dtype())
     if device.type != "meta":
         model.to_empty(device=device)
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        with torch.no_grad():
+            for tensor in tensors.values():
+                tensor.view(-1)[:1].fill_(_mark(tensor))
         model.reset_parameters()
+        left = [n for n, t in tensors.items() if t.numel() and _is_mark(t.detach().view(-1)[0])]
+        if left:
+            raise ConfigError(
+                f"no reset_parameters gives values to {', '.join(left)}: parts are built on meta, so what __init__ writes is "
+                "lost; fill parameters and buffers in a method reset_parameters of the module that owns them"
+            )
     return model
+
+
+def _mark(tensor: torch.Tensor) -> float | int:
+    """A value that no initialisation writes."""
+    return float("nan") if tensor.dtype.is_floating_point or tensor.is_complex() else _least(tensor)
+
+
+def _is_mark(value: torch.Tensor) -> bool:
+    if value.dtype.is_floating_point or value.is_complex():
+        return bool(value.isnan())
+    return value.dtype != torch.bool and bool(value == _least(value))
+
+
+def _least(tensor: torch.Tensor) -> int:
+    return 0 if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).min
 
 
 def _part(kind: str, part: Part, current: Config | None = None) -> Config:
@@ -157,6 +208,11 @@ def _fitted(projector: Part, vision: Config, llm: Config, current: Config | None
     """The projector between two parts: widths that a person did not write follow the neighbours."""
     if isinstance(projector, Config):
         return projector
+    for part, width in ((vision, "out_dim"), (llm, "dim")):
+        if not hasattr(part, width):
+            raise ConfigError(
+                f"{type(part).__name__} has no {width}; docs/architecture.md says what each kind of part promises"
+            )
     widths = {"in_dim": vision.out_dim, "out_dim": llm.dim}  # type: ignore[attr-defined]
     if isinstance(projector, Mapping):
         return _part("projector", {**widths, **projector}, current)

@@ -26,7 +26,7 @@ IMAGE_TOKEN = 163605  # <|media_pad|>
 END_OF_TURN, END_OF_TEXT = 163586, 163585  # <|im_end|>, [EOS]
 ENTRIES_WITHOUT_EFFECT = (  # of text_config: training only, serving only, or fixed by the architecture
     "attention_dropout", "aux_loss_alpha", "seq_aux", "bos_token_id", "pad_token_id", "initializer_range", "pretraining_tp",
-    "use_cache", "num_key_value_heads", "ep_size", "num_nextn_predict_layers",
+    "use_cache", "ep_size", "num_nextn_predict_layers",
 )  # fmt: skip
 
 
@@ -38,9 +38,12 @@ def read_config(hub: Mapping[str, Any]) -> VLMConfig:
     """
     top = HubFields(hub, "config.json")
     vision, text = top.part("vision_config"), top.part("text_config")
-    merge_rows, merge_columns = vision.take("merge_kernel_size")
-    if merge_rows != merge_columns:
-        raise ConfigError(f"{vision.where}.merge_kernel_size: {merge_rows}x{merge_columns} is not square")
+    merge = vision.take("merge_kernel_size")
+    if not isinstance(merge, list) or len(merge) != 2 or merge[0] != merge[1]:
+        raise ConfigError(f"{vision.where}.merge_kernel_size: {merge!r} is not square: expected two equal numbers")
+    vision.expect("model_type", "moonvit")
+    text.expect("model_type", "deepseek_v3")
+    text.expect("num_key_value_heads", text.take("num_attention_heads"))
     tower = MoonViTConfig(
         dim=vision.take("hidden_size"),
         num_layers=vision.take("num_hidden_layers"),
@@ -78,7 +81,7 @@ def read_config(hub: Mapping[str, Any]) -> VLMConfig:
         top_groups=text.take("topk_group", 1),
         normalize=text.take("norm_topk_prob"),
         routed_scale=text.take("routed_scaling_factor"),
-        theta=float(text.take("rope_theta")),
+        theta=text.take("rope_theta"),
         max_positions=text.take("max_position_embeddings"),
         norm_eps=text.take("rms_norm_eps"),
         tied=text.take("tie_word_embeddings", top.take("tie_word_embeddings", False)),
@@ -95,7 +98,7 @@ def read_config(hub: Mapping[str, Any]) -> VLMConfig:
     stops = tuple(end) if isinstance(end, list) else (END_OF_TURN, end)
     return VLMConfig(
         vision=tower,
-        projector=PixelShuffleConfig(in_dim=tower.dim, out_dim=decoder.dim, merge_size=merge_rows),
+        projector=PixelShuffleConfig(in_dim=tower.dim, out_dim=decoder.dim, merge_size=merge[0]),
         llm=decoder,
         image_token_id=image_token,
         stop_ids=stops,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from vlkit.errors import ConfigError
+from vlkit.errors import CheckpointError, ConfigError, KeyMismatchError
 from vlkit.hub import pretrained as hub
 from vlkit.hub.checkpoint import write_manifest
 from vlkit.hub.keymap import KeyMap, rename
@@ -22,7 +22,7 @@ from vlkit.hub.safe_files import safe_file
 from vlkit.hub.strict_json import read_json
 from vlkit.models.meta import on_meta
 from vlkit.models.vlm import VisionLanguageModel, VLMConfig
-from vlkit.registry import families
+from vlkit.registry import families, list_models
 from vlkit.version import __version__
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def from_pretrained(
     dtype: torch.dtype | Literal["auto"] = "auto",
     device: torch.device | str = "cpu",
     strict: bool = True,
+    check_finite: bool | None = None,
     allow_pickle: bool = False,
 ) -> VisionLanguageModel:
     """Load a model: its family by the checkpoint's own model_type, its weights streamed from mapped files.
@@ -54,12 +55,21 @@ def from_pretrained(
         dtype: Of the parameters; "auto" is what most of the checkpoint's numbers have. Buffers keep the model's own.
         device: Where the weights go.
         strict: Every name and shape must fit; False loads what fits and warns of the rest.
+        check_finite: Refuse NaN and infinity; None looks for them in models below a billion parameters.
         allow_pickle: Read `.bin` files if there is nothing else, with torch's weights_only loader.
 
     Raises:
         CheckpointError: Files that are missing, broken, unsafe, or do not fit the model.
         ConfigError: A config.json that is malformed or that this family's code would not follow.
     """
+    if isinstance(dtype, str) and dtype != "auto":
+        raise ConfigError(f"dtype: expected 'auto' or a torch.dtype, found {dtype!r}")
+    if torch.device(device).type == "meta":
+        raise ConfigError("device 'meta' holds no weights; vlkit.create_model(..., device='meta') builds the shapes")
+    if str(repo_or_folder) in list_models() and not Path(repo_or_folder).is_dir():
+        raise CheckpointError(
+            f"{str(repo_or_folder)!r} is a registered model, not a folder or repository: use vlkit.create_model"
+        )
     folder = hub.resolve(
         repo_or_folder,
         revision=revision,
@@ -72,10 +82,29 @@ def from_pretrained(
     with on_meta():
         model = VisionLanguageModel(config)
     with hub.open_checkpoint(folder, allow_pickle=allow_pickle) as checkpoint:
-        report = hub.load_weights(model, checkpoint, keys_of(config), dtype=dtype, device=device, strict=strict)
+        report = hub.load_weights(
+            model, checkpoint, keys_of(config), dtype=dtype, device=device, strict=strict, check_finite=check_finite
+        )
+    _refuse_another_head(model, folder, report.ignored, allow_pickle)
     if dtype == "auto":
         model.published_dtypes = dict(report.cast)
     return model.eval()
+
+
+def _refuse_another_head(
+    model: VisionLanguageModel, folder: Path, ignored: tuple[str, ...], allow_pickle: bool
+) -> None:
+    """A tied head may stand in the file a second time; one with other numbers must not be dropped in silence."""
+    heads = [name for name in ignored if name.endswith("lm_head.weight")]
+    if not heads:
+        return
+    with hub.open_checkpoint(folder, allow_pickle=allow_pickle) as checkpoint:
+        for name in heads:
+            ours = model.llm.head_weight
+            if not torch.equal(checkpoint.read(name).to(ours), ours):
+                raise KeyMismatchError(
+                    f"{folder}: {name} differs from the embedding, but the config ties them; set tie_word_embeddings to false"
+                )
 
 
 def save_pretrained(

@@ -162,6 +162,10 @@ class VisionLanguageModel(nn.Module):
             PlaceholderMismatchError: Placeholders and image tokens differ in number.
             TokenError: An id outside the vocabulary.
         """
+        if not isinstance(batch, Batch):
+            raise LayoutError(
+                f"a model takes a Batch, found {type(batch).__name__}; a Processor or model.pack makes one"
+            )
         decoded = self.llm(self.embed(batch), positions=batch.positions, cache=cache)
         loss, count = None, 0
         if batch.labels is not None:
@@ -184,8 +188,10 @@ class VisionLanguageModel(nn.Module):
                 f"the tower takes flattened patches [patches, {wanted}], found {list(patches.tokens.shape)}; "
                 "was the image prepared for another model?"
             )
-        dtype = next(self.vision.parameters()).dtype
-        return self.projector(self.vision(patches.with_tokens(patches.tokens.to(dtype))))
+        features = self.vision(patches.to(next(self.vision.parameters()).dtype))
+        return self.projector(
+            features.to(next(self.projector.parameters()).dtype)
+        )  # a frozen tower may be in another dtype
 
     def embed(self, batch: Batch) -> Packed:
         """Text embeddings with image tokens in place of the placeholders.
@@ -266,8 +272,14 @@ class VisionLanguageModel(nn.Module):
         Raises:
             LayoutError: Shapes that contradict each other; the message names the image or the tensor.
         """
-        if input_ids.ndim != 2:
-            raise LayoutError(f"input_ids must be [sequences, length], found {list(input_ids.shape)}")
+        if input_ids.ndim != 2 or input_ids.is_floating_point():
+            raise LayoutError(
+                f"input_ids must be integers [sequences, length], found {input_ids.dtype} {list(input_ids.shape)}"
+            )
+        for name, sides, count in (("image_grid_hws", image_grid_hws, 2), ("image_grid_thw", image_grid_thw, 3)):
+            if sides is not None and (not isinstance(sides, Tensor) or sides.ndim != 2 or sides.shape[1] != count):
+                found = list(sides.shape) if isinstance(sides, Tensor) else type(sides).__name__
+                raise LayoutError(f"{name} must be a tensor [images, {count}], found {found}")
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         for name, tensor in (("attention_mask", keep), ("labels", labels)):
             if tensor is not None and tensor.shape != input_ids.shape:
@@ -292,6 +304,15 @@ class VisionLanguageModel(nn.Module):
             patches=patches,
             labels=None if labels is None else labels[keep].long(),
         )
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether tower and decoder recompute each block's activations in the backward instead of keeping them."""
+        return bool(self.vision.gradient_checkpointing and self.llm.gradient_checkpointing)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        self.vision.gradient_checkpointing = self.llm.gradient_checkpointing = enabled
 
     def num_parameters(self, *, active: bool = False) -> int:
         """Parameters of the model, tied ones once. The selection biases of MoE routers are buffers and do not count.

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vlkit.errors import TokenError
+from vlkit.errors import LayoutError, TokenError
 from vlkit.packing import Layout
 
 IGNORE = -100
@@ -101,8 +101,14 @@ def chunked_cross_entropy(
         The sum in nats (divide by the count for the mean), and the count.
 
     Raises:
+        LayoutError: Another number of targets than rows, or a chunk below 1.
         TokenError: A target outside the vocabulary (checked on the CPU).
     """
+    if targets.shape != hidden.shape[:1] or chunk < 1:
+        raise LayoutError(
+            f"expected one target per row and a chunk of at least 1, found {list(targets.shape)} targets for "
+            f"{hidden.shape[0]} rows and chunk {chunk}"
+        )
     rows = (targets != IGNORE).nonzero().squeeze(1)
     kept = targets[rows]
     if kept.device.type == "cpu" and kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= head.shape[0]):

@@ -124,10 +124,10 @@ def muon_param_groups(
     Source: Moonlight, arXiv:2502.16982, section 2.2, and the guidance of the Muon repository for embeddings, heads and
         first layers.
     """
-    patterns: dict[str, list[re.Pattern[str]]] = {
-        "muon": [re.compile(pattern) for pattern in muon],
-        "adamw": [re.compile(pattern) for pattern in adamw],
-    }
+    for option, value in (("router", router), ("patch_embed", patch_embed)):
+        if value not in ("muon", "adamw"):
+            raise ConfigError(f"{option}: {value!r} is not one of 'muon', 'adamw'")
+    patterns = {"muon": _compiled("muon", muon), "adamw": _compiled("adamw", adamw)}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
     rows: list[Routed] = []
     members: dict[str, list[tuple[str, Tensor]]] = {"muon": [], "adamw": [], "vectors": []}
@@ -172,6 +172,15 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, Tensor, list[nn.Module]]]:
                 yield from visit(child, f"{prefix}{name}.", chain)
 
     yield from visit(model, "", [])
+
+
+def _compiled(option: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
+    if isinstance(patterns, str):
+        raise ConfigError(f"{option}: expected a list of patterns, found the text {patterns!r}; write [{patterns!r}]")
+    try:
+        return [re.compile(pattern) for pattern in patterns]
+    except re.error as error:
+        raise ConfigError(f"{option}: {error.pattern!r} is no regular expression: {error}") from error
 
 
 def _by_request(name: str, parameter: Tensor, patterns: dict[str, list[re.Pattern[str]]]) -> tuple[Route, str] | None:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlkit.config import Config, Positive, Size
+from vlkit.config import Config, Depth, Positive, Size
 from vlkit.errors import ConfigError, LayoutError
 from vlkit.hub.keymap import KeyMap, rename, reshape, split
 from vlkit.layers.attention import Backend
@@ -49,10 +49,10 @@ class MoonViTConfig(Config):
     """
 
     dim: Size = 1152
-    num_layers: Size = 27
+    num_layers: Depth = 27
     num_heads: Size = 16
     mlp_dim: Size = 4304
-    patch_size: Size = 14
+    patch_size: Depth = 14
     in_channels: Size = 3
     position_grid: tuple[Size, Size] = (64, 64)
     theta: Positive = 10000.0
