@@ -31,12 +31,12 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run a command; what vlkit refuses is one line on stderr and exit status 1."""
+    """Run a command; what vlkit, the Hub or the system refuses is one message on stderr and exit status 1."""
     from vlkit.errors import VlkitError
 
     try:
         app()
-    except VlkitError as error:
+    except (VlkitError, OSError) as error:
         sys.exit(f"vlkit: {error}")
 
 
@@ -66,7 +66,7 @@ def demo(
     lr: Annotated[
         float | None, typer.Option(help="Highest learning rate; by default what suits the optimizer.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights and data.")] = Options.seed,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of weights and data.")] = Options.seed,
     vision: Annotated[str | None, typer.Option(help="A tower of `vlkit list`; by default a small MoonViT.")] = None,
     projector: Annotated[str | None, typer.Option(help="A projector; by default a small pixel shuffle.")] = None,
     llm: Annotated[str | None, typer.Option(help="A decoder; by default a small Moonlight with experts.")] = None,
@@ -112,21 +112,31 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of probability to draw from.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the drawing.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the drawing.")] = 0,
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
     revision: Annotated[str | None, typer.Option(help="Commit or branch on the Hub.")] = None,
 ) -> None:
     """Ask a model about pictures and print its answer."""
     import vlkit
 
-    network = vlkit.from_pretrained(model, revision=revision, device=device).eval()
-    processor = vlkit.Processor.from_pretrained(model)
+    processor = vlkit.Processor.from_pretrained(model, revision=revision)
+    network = vlkit.from_pretrained(model, revision=revision, device=_checked_device(device))
     content = [{"type": "image", "image": str(path)} for path in image or []]
     if prompt:
         content.append({"type": "text", "text": prompt})
     batch = processor([{"role": "user", "content": content}]).to(device)
     answer = network.generate(batch, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)[0]
     typer.echo(processor.decode(answer))
+
+
+def _checked_device(device: str) -> str:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"{device!r}: {str(error).splitlines()[0]}", param_hint="--device") from error
+    return device
 
 
 @app.command("list")
@@ -186,13 +196,14 @@ def info(
     from vlkit.summary import count, image_cost, memory, short, tree
 
     size = _parse_size(image)
-    if Path(name).is_dir():
-        model, rule = _saved(Path(name))
-    elif name in registry.list_models():
+    rule: ImageRule | None
+    if name in registry.list_models():  # before a folder that happens to have the name
         from vlkit.models.factory import create_model
 
         spec = registry.model_spec(name)
         model, rule = create_model(name, device="meta"), spec.processor.image
+    elif Path(name).is_dir():
+        model, rule = _saved(Path(name))
     else:
         kinds = [kind for kind in registry.KINDS if name in registry.list_components(kind)]
         if not kinds:
@@ -203,20 +214,25 @@ def info(
     total, active = count(model), count(model, active=True)
     rows = [("parameters", short(total) + (f", of which one token uses {short(active)}" if active < total else ""))]
     rows += memory(model)
-    rows.append(("an image", image_cost(rule, *size)))
+    rows.append(("an image", image_cost(rule, *size) if rule else "no processor in the folder says how it is resized"))
     typer.echo()
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         typer.echo(f"{label:<{width}}  {text}")
 
 
-def _saved(folder: Path) -> tuple[VisionLanguageModel, ImageRule]:
-    """A saved model without its weights, and how its processor sizes images."""
+def _saved(folder: Path) -> tuple[VisionLanguageModel, ImageRule | None]:
+    """A saved model without its weights, and how its processor sizes images, if one was saved beside it."""
+    from vlkit.errors import ConfigError
     from vlkit.models.factory import create_model
     from vlkit.models.pretrained import read_config
     from vlkit.processing import Processor
 
-    return create_model(read_config(folder), device="meta"), Processor.from_pretrained(folder).config.image
+    model = create_model(read_config(folder), device="meta")
+    try:
+        return model, Processor.from_pretrained(folder).config.image
+    except ConfigError:
+        return model, None
 
 
 def _parse_size(text: str) -> tuple[int, int]:

@@ -164,9 +164,9 @@ def test_what_is_no_folder_never_reaches_the_network(wrong: Any, monkeypatch: py
         raise AssertionError("asked the Hub")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(CheckpointError, match="no such folder|expected a folder"):
+    with pytest.raises(CheckpointError, match=r"no such folder|expected a folder"):
         vlkit.from_pretrained(wrong)
-    with pytest.raises(CheckpointError, match="registered model.*create_model"):
+    with pytest.raises(CheckpointError, match=r"registered model.*create_model"):
         vlkit.from_pretrained("kimi-vl-tiny")
 
 

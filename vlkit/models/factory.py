@@ -49,8 +49,10 @@ def create_model(
     if isinstance(name_or_config, str):
         spec = model_spec(name_or_config)
         config = spec.config
-    else:
+    elif isinstance(name_or_config, VLMConfig):
         config = name_or_config
+    else:
+        raise ConfigError(f"expected a registered name or a VLMConfig, found {type(name_or_config).__name__}")
     if overrides:
         config = _override(config, overrides)
     if not pretrained:
@@ -152,11 +154,8 @@ def build(
     Raises:
         ConfigError: A tensor that no `reset_parameters` of its part gives values to; it would be whatever memory holds.
     """
-    for name, value in (("dtype", dtype), ("config", config)):
-        if not isinstance(value, (torch.dtype, type(None), VLMConfig)):
-            raise ConfigError(
-                f"{name}: expected a {'torch.dtype' if name == 'dtype' else 'VLMConfig'}, found {value!r}"
-            )
+    if not isinstance(dtype, (torch.dtype, type(None))):
+        raise ConfigError(f"dtype: expected a torch.dtype such as torch.bfloat16, found {dtype!r}")
     device = torch.get_default_device() if device is None else torch.device(device)
     with on_meta():
         model = VisionLanguageModel(config)

@@ -25,7 +25,10 @@ def processor_config(folder: Path) -> ProcessorConfig:
     """
     path = folder / IMAGE_FILE
     if not path.is_file():
-        raise ConfigError(f"{folder}: neither processor.json nor {IMAGE_FILE}")
+        raise ConfigError(
+            f"{folder}: neither processor.json nor {IMAGE_FILE}; a processor is saved beside its model with "
+            "processor.save_pretrained(folder)"
+        )
     fields = read_json(path)
     if "in_token_limit" in fields:
         return _kimi_vl(fields, path)
