@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from vlkit.config import Config
 from vlkit.layers.moe import MoE
-from vlkit.models.vlm import VisionLanguageModel
+from vlkit.models.vlm import VisionLanguageModel, VLMConfig
 from vlkit.processing import ImageRule
 
 MAX_DEPTH = 4
@@ -34,17 +35,25 @@ def tree(module: nn.Module, name: str, *, max_depth: int = MAX_DEPTH) -> str:
         name: Written at the root.
         max_depth: Levels below the root.
     """
-    rows = [Row(name, type(module).__name__, _numbers(module)), *_rows(module, "", max_depth)]
+    rows = [Row(name, kind_of(module), _numbers(module)), *_rows(module, "", max_depth)]
     label = max(len(row.label) for row in rows)
     kind = max(len(row.kind) for row in rows)
     return "\n".join(f"{row.label:<{label}}  {row.kind:<{kind}}  {row.numbers}".rstrip() for row in rows)
+
+
+def kind_of(module: nn.Module) -> str:
+    """What a module is called: a part by its config, because several decoders are one class; others by their class."""
+    config = getattr(module, "config", None)
+    if isinstance(config, Config) and not isinstance(config, VLMConfig):
+        return type(config).__name__.removesuffix("Config")
+    return type(module).__name__
 
 
 def _rows(module: nn.Module, indent: str, depth: int) -> Iterator[Row]:
     children = [(n, c) for n, c in _children(module) if count(c)]
     for index, (name, child) in enumerate(children):
         last = index == len(children) - 1
-        yield Row(indent + ("└─ " if last else "├─ ") + name, type(child).__name__, _numbers(child, each=" × " in name))
+        yield Row(indent + ("└─ " if last else "├─ ") + name, kind_of(child), _numbers(child, each=" × " in name))
         if depth > 1 and not isinstance(child, nn.Linear | nn.Embedding):
             yield from _rows(child, indent + ("   " if last else "│  "), depth - 1)
 

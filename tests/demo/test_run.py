@@ -19,6 +19,8 @@ from vlkit.demo.options import Options
 from vlkit.demo.run import MARK, build_model, prepare_folder
 from vlkit.demo.task import PROMPT, read
 from vlkit.errors import CheckpointError, ConfigError, UnknownModelError
+from vlkit.layers.moe import MoE
+from vlkit.summary import kind_of
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
@@ -121,11 +123,9 @@ def test_an_own_folder_keeps_what_a_person_added(tmp_path: Path) -> None:
 
 def test_the_default_model_has_every_part_of_kimi_vl() -> None:
     model = build_model(Options())
-    assert [type(part).__name__ for part in (model.vision, model.projector, model.llm)] == [
-        "MoonViT",
-        "PixelShuffleProjector",
-        "Moonlight",
-    ]
+    parts = (model.vision, model.projector, model.llm)
+    assert [kind_of(part) for part in parts] == ["MoonViT", "PixelShuffle", "Moonlight"]
+    assert any(isinstance(module, MoE) for module in model.llm.modules())
     assert model.num_parameters(active=True) < model.num_parameters() < 1_500_000
 
 

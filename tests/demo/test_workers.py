@@ -41,17 +41,17 @@ def test_gradients_are_the_mean_over_all_processes_at_the_weights_of_now(
         wanted, losses = [], []
         for maker in (mine, theirs):
             model.zero_grad()
-            losses.append(learn(model, maker.make(step, 2)).loss)
+            losses.append(learn(model, maker.make(step, 1)).loss)
             wanted.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()
 
-        workers.begin(2)
-        own = learn(model, mine.make(step, 2))
+        workers.begin(1)
+        own = learn(model, mine.make(step, 1))
         (share,) = workers.collect()
 
         assert own.loss == pytest.approx(losses[0], abs=1e-6)
         assert share.loss == pytest.approx(losses[1], abs=1e-5)
-        assert share.tokens == theirs.make(step, 2).ids.layout.num_tokens
+        assert share.tokens == theirs.make(step, 1).ids.layout.num_tokens
         assert share.load[0].sum() == 2 * share.tokens  # top 2
         for parameter, first, second in zip(model.parameters(), *wanted, strict=True):
             torch.testing.assert_close(parameter.grad, (first + second) / 2, atol=1e-6, rtol=1e-4)

@@ -25,7 +25,7 @@ class Options:
         out: Folder of the model and the page.
     """
 
-    seconds: float = 150.0
+    seconds: float = 140.0
     optimizer: Literal["muon", "adamw"] = "muon"
     lr: float | None = None
     seed: int = 0

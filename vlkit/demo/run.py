@@ -34,7 +34,7 @@ from vlkit.models.factory import compose
 from vlkit.processing import ByteTokenizer, Processor, ProcessorConfig
 from vlkit.projectors.pixel_shuffle import PixelShuffleConfig
 from vlkit.registry import component
-from vlkit.summary import short, tree
+from vlkit.summary import kind_of, short, tree
 from vlkit.version import __version__
 from vlkit.vision.moonvit import MoonViTConfig
 
@@ -229,7 +229,7 @@ def _first_right(readings: list[Reading]) -> int:
 def _title(model: VisionLanguageModel) -> str:
     total, active = model.num_parameters(), model.num_parameters(active=True)
     of_token = f", of which a token uses {short(active)}" if active < total else ""
-    names = [type(part).__name__ for part in (model.vision, model.projector, model.llm)]
+    names = [kind_of(part) for part in (model.vision, model.projector, model.llm)]
     return f"{names[0]}, {names[1]} and {names[2]} with {short(total)} parameters{of_token}"
 
 
