@@ -1,4 +1,4 @@
-"""What all tests share: one thread, and slow tests only when asked for."""
+"""What all tests share: one thread, and a seed."""
 
 from __future__ import annotations
 
@@ -6,19 +6,6 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="also run tests marked slow")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow"):
-        return
-    skip = pytest.mark.skip(reason="slow; run with --slow")
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)
