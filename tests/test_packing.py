@@ -97,3 +97,29 @@ def test_batch_checks_its_tensors() -> None:
         Batch(Packed(torch.zeros(3), Layout((3,))))
     with pytest.raises(EmptyBatchError):
         Batch(Packed(torch.zeros(0, dtype=torch.long), Layout(())))
+
+
+def test_frames_make_every_time_step_an_item() -> None:
+    layout = Layout.from_grids([(2, 3, 4), (1, 5, 2)])
+    assert layout.frames() == Layout.from_grids([(1, 3, 4), (1, 3, 4), (1, 5, 2)])
+    assert layout.frames().num_tokens == layout.num_tokens
+    still = Layout.from_grids([(3, 4)])
+    assert still.frames() is still
+    with pytest.raises(LayoutError, match="grids"):
+        Layout((3,)).frames()
+
+
+def test_seconds_count_images_and_videos() -> None:
+    ids = Packed(torch.arange(3), Layout((3,)))
+    clip = Packed(torch.zeros(8, 2), Layout.from_grids([(2, 2, 2)]))
+    still = Packed(torch.zeros(4, 2), Layout.from_grids([(2, 2)]))
+    joined = Batch.concat([Batch(ids, clip, seconds=(0.5,)), Batch(ids), Batch(ids, still)])
+    assert joined.seconds == (0.5, 0.0)
+    assert joined.to("cpu").seconds == (0.5, 0.0)
+    assert Batch.concat([Batch(ids, still), Batch(ids)]).seconds is None
+    with pytest.raises(LayoutError, match="2 entries for 1"):
+        Batch(ids, clip, seconds=(0.5, 0.5))
+    with pytest.raises(LayoutError, match="item 0"):
+        Batch(ids, clip, seconds=(-1.0,))
+    with pytest.raises(LayoutError, match="video but no seconds"):
+        Batch.concat([Batch(ids, clip, seconds=(0.5,)), Batch(ids, clip)])

@@ -8,6 +8,7 @@ There is no batch axis and no padding. A `Layout` lives on the host, so no layer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -162,6 +163,18 @@ class Layout:
                 )
         return Layout.from_grids((t, h // size, w // size) for t, h, w in self.grids)
 
+    def frames(self) -> Layout:
+        """The layout in which every time step of an item is an item: (time, rows, columns) becomes `time` items (1, rows, columns).
+
+        Raises:
+            LayoutError: No grids.
+        """
+        if self.grids is None:
+            raise LayoutError("only a layout with grids has frames")
+        if all(t == 1 for t, _, _ in self.grids):
+            return self
+        return Layout.from_grids((1, h, w) for t, h, w in self.grids for _ in range(t))
+
 
 def _items(values: Any) -> Iterable[Any]:
     """What lengths and grids are given as: a sequence, not a text and not one number."""
@@ -225,10 +238,14 @@ class Batch:
 
     Attributes:
         ids: Token ids [tokens], int64, one item per sequence. Image placeholders stand where the image's tokens will.
-        patches: Flattened patches [patches, patch_dim] of all images, in the order of their placeholders; None without images.
+        patches: Flattened patches [patches, patch_dim] of all images and videos, in the order of their placeholders, in raster
+            order; None without any. The grid of a video is (time, rows, columns).
         labels: [tokens], int64, aligned with ids: the loss of predicting ids[t + 1] is taken where labels[t + 1] is not -100,
             as on the Hub. The first token of an item never counts.
-        positions: [tokens] or [tokens, axes]; None means 0, 1, 2, ... in every sequence.
+        positions: [tokens] or [tokens, axes]; None leaves them to the model: 0, 1, 2, ... in every sequence, or positions in
+            time, row and column where the model has those.
+        seconds: Seconds between the time steps of each item of patches, 0 for an image; None where nothing is known. Read by
+            models whose positions follow the clock.
 
     Raises:
         EmptyBatchError: No sequences.
@@ -239,6 +256,7 @@ class Batch:
     patches: Packed | None = None
     labels: Tensor | None = None
     positions: Tensor | None = None
+    seconds: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.ids.layout.num_items == 0:
@@ -255,6 +273,14 @@ class Batch:
                 raise LayoutError(f"{name} has {value.shape[0]} rows for {self.ids.layout.num_tokens} tokens")
         if self.patches is not None and self.patches.layout.grids is None:
             raise LayoutError("patches need a layout with grids")
+        if self.seconds is not None:
+            object.__setattr__(self, "seconds", tuple(float(value) for value in self.seconds))
+            items = 0 if self.patches is None else self.patches.layout.num_items
+            if len(self.seconds) != items:
+                raise LayoutError(f"seconds has {len(self.seconds)} entries for {items} images and videos")
+            for item, value in enumerate(self.seconds):
+                if not 0 <= value < math.inf:
+                    raise LayoutError(f"item {item}: {value} seconds between its time steps; expected 0 or more")
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on a device."""
@@ -262,7 +288,7 @@ class Batch:
         def moved(value: Any) -> Any:
             return None if value is None else value.to(device)
 
-        return Batch(moved(self.ids), moved(self.patches), moved(self.labels), moved(self.positions))
+        return Batch(moved(self.ids), moved(self.patches), moved(self.labels), moved(self.positions), self.seconds)
 
     @staticmethod
     def concat(batches: Sequence[Batch]) -> Batch:
@@ -276,10 +302,18 @@ class Batch:
             if missing and len(missing) < len(values):
                 raise LayoutError(f"batch {missing[0]} has no {name}, others have; give them to all or to none")
             joined[name] = None if missing else torch.cat(values)
+        visual = [(b.patches.layout, b.seconds) for b in batches if b.patches is not None]
+        seconds: tuple[float, ...] | None = None
+        if any(known is not None for _, known in visual):
+            for layout, known in visual:
+                if known is None and any(t > 1 for t, _, _ in layout.grids or ()):
+                    raise LayoutError("a batch has a video but no seconds, others have; give them to all or to none")
+            seconds = tuple(value for layout, known in visual for value in known or (0.0,) * layout.num_items)
         patches = [b.patches for b in batches if b.patches is not None]
         return Batch(
             ids=Packed.concat([b.ids for b in batches]),
             patches=Packed.concat(patches) if patches else None,
             labels=joined["labels"],
             positions=joined["positions"],
+            seconds=seconds,
         )
