@@ -163,8 +163,8 @@ def test_long_sequences_are_refused_not_cut() -> None:
 
 
 def test_a_format_must_fit_the_tokenizer() -> None:
-    with pytest.raises(ConfigError, match=r"writes '<\|image_pad\|>', which is no special token"):
-        Processor(ProcessorConfig(chat=CHAT_FORMATS["chatml"]))
+    with pytest.raises(ConfigError, match=r"writes '<\|box\|>', which is no special token"):
+        Processor(ProcessorConfig(chat=CHAT_FORMATS["chatml"].replace(image_token="<|box|>")))
     with pytest.raises(ConfigError, match="give the tokenizer too"):
         Processor(ProcessorConfig(tokenizer="files"))
 

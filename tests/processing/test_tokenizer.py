@@ -37,9 +37,32 @@ def test_allowed_names_become_one_id() -> None:
 
 def test_the_ids_of_the_specials_are_fixed() -> None:
     """Checkpoints are trained on them."""
-    assert TOKENIZER.special["<|pad|>"] == 256
-    assert TOKENIZER.special["<|media_pad|>"] == 267
-    assert len(TOKENIZER.special) == 12
+    assert TOKENIZER.special == {
+        "<|pad|>": 256,
+        "<|bos|>": 257,
+        "<|eos|>": 258,
+        "<|im_end|>": 259,
+        "<|im_system|>": 260,
+        "<|im_user|>": 261,
+        "<|im_assistant|>": 262,
+        "<|im_middle|>": 263,
+        "<|media_start|>": 264,
+        "<|media_content|>": 265,
+        "<|media_end|>": 266,
+        "<|media_pad|>": 267,
+        "<|im_start|>": 268,
+        "<|endoftext|>": 269,
+        "<|vision_start|>": 270,
+        "<|vision_end|>": 271,
+        "<|vision_pad|>": 272,
+        "<|image_pad|>": 273,
+        "<|video_pad|>": 274,
+        "<img>": 275,
+        "</img>": 276,
+        "<imgpad>": 277,
+        "<think>": 278,
+        "</think>": 279,
+    }
     assert TOKENIZER.vocab_size == 320
 
 
@@ -48,6 +71,10 @@ def test_specials_can_be_skipped() -> None:
 
     assert TOKENIZER.decode(ids) == "<|im_system|>hi<|im_end|>"
     assert TOKENIZER.decode(ids, skip_special=True) == "hi"
+
+
+def test_the_marks_of_thinking_are_part_of_the_answer() -> None:
+    assert TOKENIZER.decode([278, 104, 105, 279, 259], skip_special=True) == "<think>hi</think>"
 
 
 def test_broken_utf8_and_unused_ids_become_replacement_characters() -> None:

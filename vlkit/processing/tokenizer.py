@@ -70,7 +70,21 @@ _BYTE_SPECIALS = (
     "<|media_content|>",
     "<|media_end|>",
     "<|media_pad|>",
+    # What the chat formats of the published families write.
+    "<|im_start|>",
+    "<|endoftext|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<img>",
+    "</img>",
+    "<imgpad>",
+    "<think>",
+    "</think>",
 )
+_SHOWN = ("<think>", "</think>")  # parts of an answer: decoding keeps them
 
 
 class ByteTokenizer:
@@ -80,7 +94,7 @@ class ByteTokenizer:
     files: Mapping[str, bytes] = {}
 
     def __init__(self) -> None:
-        self._special = SpecialTokens({name: 256 + index for index, name in enumerate(_BYTE_SPECIALS)})
+        self._special = SpecialTokens({name: 256 + index for index, name in enumerate(_BYTE_SPECIALS)}, shown=_SHOWN)
         self.special = self._special.ids
 
     def encode(self, text: str, allow_special: bool | Collection[str] = False) -> list[int]:
