@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vlkit.layers.merge import merge_blocks
 from vlkit.packing import Layout, Packed
 from vlkit.projectors import pixel_shuffle
 from vlkit.projectors.pixel_shuffle import PixelShuffleConfig, PixelShuffleProjector
@@ -178,7 +179,7 @@ def test_golden_values() -> None:
     pixels = torch.sin(0.31 * torch.arange(36 * 588, dtype=torch.float64)).view(36, 588)
 
     features = parts["vision"](Packed(pixels, layout))
-    merged = pixel_shuffle.pixel_shuffle(features, 2).tokens.view(9, 4, 16)
+    merged = merge_blocks(features, 2).tokens.view(9, 4, 16)
     tokens = parts["projector"](features).tokens
 
     def close(ours: Tensor, golden: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""Pixel shuffle: which patches meet, several images at once, published sizes and names, and what it refuses."""
+"""The pixel-shuffle projector: its formula, published sizes and names, and what it refuses."""
 
 from __future__ import annotations
 
@@ -6,55 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.layers.merge_cases import GRIDS, by_hand, features
 from vlkit.errors import LayoutError
 from vlkit.packing import Layout, Packed
-from vlkit.projectors.pixel_shuffle import KEYS, PixelShuffleConfig, PixelShuffleProjector, pixel_shuffle
-
-GRIDS = [(2, 6), (4, 4), (2, 2, 4), (10, 2), (4, 4)]
-
-
-def features(grids: list[tuple[int, ...]], dim: int = 3) -> Packed:
-    layout = Layout.from_grids(grids)
-    return Packed(torch.randn(layout.num_tokens, dim, dtype=torch.float64), layout)
-
-
-def by_hand(packed: Packed, m: int) -> torch.Tensor:
-    """Block after block, row after row of the block."""
-    rows = []
-    for item, (time, height, width) in zip(packed.unpack(), packed.layout.grids or (), strict=True):
-        frames = item.view(time, height, width, -1)
-        rows += [
-            torch.cat([frames[t, i + a, j + b] for a in range(m) for b in range(m)])
-            for t in range(time)
-            for i in range(0, height, m)
-            for j in range(0, width, m)
-        ]
-    return torch.stack(rows)
-
-
-@pytest.mark.parametrize("grids", [GRIDS, GRIDS[:1], [(4, 6)] * 3], ids=str)
-def test_blocks_are_patches_side_by_side(grids: list[tuple[int, ...]]) -> None:
-    packed = features(grids)
-    merged = pixel_shuffle(packed, 2)
-    assert merged.layout == packed.layout.merged(2)
-    assert torch.equal(merged.tokens, by_hand(packed, 2))
-
-
-def test_other_block_sizes() -> None:
-    packed = features([(3, 9), (6, 3)])
-    assert torch.equal(pixel_shuffle(packed, 3).tokens, by_hand(packed, 3))
-    assert pixel_shuffle(packed, 1).tokens is packed.tokens
-
-
-def test_gradients_find_their_patch() -> None:
-    packed = features(GRIDS)
-    packed.tokens.requires_grad_()
-    weights = torch.randn(packed.layout.merged(2).num_tokens, 12, dtype=torch.float64)
-    grads = [
-        torch.autograd.grad((merged * weights).sum(), packed.tokens)[0]
-        for merged in (pixel_shuffle(packed, 2).tokens, by_hand(packed, 2))
-    ]
-    assert torch.equal(*grads)
+from vlkit.projectors.pixel_shuffle import KEYS, PixelShuffleConfig, PixelShuffleProjector
 
 
 @pytest.mark.parametrize("norm", ["pre", "none"])
@@ -71,6 +26,12 @@ def test_projector_is_its_formula(norm: str) -> None:
     want = (hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))) @ projector.fc2.weight.T + projector.fc2.bias
     torch.testing.assert_close(projector(packed).tokens, want)
     assert (projector.norm is None) == (norm == "none")
+
+
+def test_the_grid_of_tokens_is_known_beforehand() -> None:
+    config = PixelShuffleConfig(in_dim=3, out_dim=5)
+    projected = PixelShuffleProjector(config).double()(features(GRIDS))
+    assert projected.layout.grids == tuple(config.out_grid(grid) for grid in features(GRIDS).layout.grids or ())
 
 
 def test_an_image_changes_no_bit_of_another() -> None:

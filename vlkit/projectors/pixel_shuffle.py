@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
-from einops import rearrange
-from torch import Tensor, nn
+from torch import nn
 
 from vlkit.config import Config, Positive, Size
 from vlkit.errors import LayoutError
 from vlkit.hub.keymap import KeyMap, rename
+from vlkit.layers.merge import merge_blocks, merged_grid
 from vlkit.layers.norm import LayerNorm
 from vlkit.packing import Packed
 from vlkit.registry import register_component
@@ -45,39 +44,9 @@ class PixelShuffleConfig(Config):
     def merged_dim(self) -> int:
         return self.in_dim * self.merge_size**2
 
-
-def pixel_shuffle(features: Packed, merge_size: int) -> Packed:
-    """Put every merge_size x merge_size block of patches side by side, row by row of the block.
-
-    Args:
-        features: [patches, dim] in raster order, with grids.
-
-    Returns:
-        [tokens, merge_size ** 2 * dim], blocks in raster order, with `layout.merged(merge_size)`.
-
-    Raises:
-        LayoutError: No grids, or a grid side that is not a multiple of merge_size.
-    """
-    merged = features.layout.merged(merge_size)
-    if merge_size == 1:
-        return Packed(features.tokens, merged)
-    return Packed(_merge_blocks(features, merge_size), merged)
-
-
-def _merge_blocks(features: Packed, m: int) -> Tensor:
-    grids = features.layout.grids or ()
-    if not grids:
-        return features.tokens.reshape(0, m * m * features.tokens.shape[-1])
-    if len(set(grids)) == 1:
-        t, h, w = grids[0]
-        return rearrange(
-            features.tokens, "(n t h a w b) d -> (n t h w) (a b d)", n=len(grids), t=t, h=h // m, w=w // m, a=m, b=m
-        )
-    parts = [
-        rearrange(item, "(t h a w b) d -> (t h w) (a b d)", t=t, h=h // m, w=w // m, a=m, b=m)
-        for item, (t, h, w) in zip(features.unpack(), grids, strict=True)
-    ]
-    return torch.cat(parts)
+    def out_grid(self, grid: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The grid of tokens, (time, rows, columns), that a grid of patches becomes."""
+        return merged_grid(grid, self.merge_size)
 
 
 class PixelShuffleProjector(nn.Module):
@@ -102,7 +71,7 @@ class PixelShuffleProjector(nn.Module):
                 f"features have shape {tuple(features.tokens.shape)}; expected {self.config.in_dim} channels each"
             )
         normed = features if self.norm is None else features.with_tokens(self.norm(features.tokens))
-        merged = pixel_shuffle(normed, self.config.merge_size)
+        merged = merge_blocks(normed, self.config.merge_size)
         return merged.with_tokens(self.fc2(F.gelu(self.fc1(merged.tokens))))
 
 
