@@ -26,15 +26,20 @@ Mode = Literal["bicubic", "bilinear"]
 
 
 class PositionTable(nn.Module):
-    """The learned table [rows, cols, dim], one vector per cell of the training grid; unit normal at the start."""
+    """The learned table [rows, cols, dim], one vector per cell of the training grid.
 
-    def __init__(self, rows: int, cols: int, dim: int) -> None:
+    Args:
+        std: Standard deviation of the normal numbers at the start.
+    """
+
+    def __init__(self, rows: int, cols: int, dim: int, *, std: float = 1.0) -> None:
         super().__init__()
+        self.std = std
         self.table = nn.Parameter(torch.empty(rows, cols, dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.table)
+        nn.init.normal_(self.table, std=self.std)
 
     def forward(
         self, layout: Layout, *, mode: Mode = "bicubic", antialias: bool = False, align_corners: bool = False

@@ -15,20 +15,20 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vlkit.config import Config, Depth, Positive, Size
-from vlkit.errors import ConfigError, LayoutError
+from vlkit.errors import ConfigError
 from vlkit.hub.keymap import KeyMap, rename, reshape, split
 from vlkit.layers.attention import Backend
 from vlkit.layers.mlp import MLP
 from vlkit.layers.norm import LayerNorm
 from vlkit.layers.patch import PatchEmbed, conv_to_linear, linear_to_conv
 from vlkit.layers.position import PositionTable
-from vlkit.layers.rope import Rotary, grid_positions, make_rotary, rotary_angles, rotary_frequencies_2d
+from vlkit.layers.rope import Rotary
 from vlkit.layers.self_attention import SelfAttention
 from vlkit.packing import Layout, Packed, Segments
 from vlkit.registry import register_component
+from vlkit.vision.tower import TowerBlock, check_patches, grid_rotary, run_blocks
 
 
 class MoonViTConfig(Config):
@@ -82,30 +82,6 @@ class MoonViTConfig(Config):
         return self.dim
 
 
-class MoonViTBlock(nn.Module):
-    """x + attention(norm1(x)), then x + mlp(norm2(x))."""
-
-    def __init__(self, config: MoonViTConfig) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm(config.dim, eps=config.norm_eps)
-        self.attn = SelfAttention(config.dim, config.num_heads, pairing="interleaved")
-        self.norm2 = LayerNorm(config.dim, eps=config.norm_eps)
-        self.mlp = MLP(config.dim, config.mlp_dim, activation="gelu_tanh")
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """The MLP starts as the published code starts it: truncated normal of variance 2 / fan-in, no bias."""
-        for linear in (self.mlp.fc1, self.mlp.fc2):
-            nn.init.trunc_normal_(linear.weight, std=math.sqrt(2 / linear.in_features))
-            nn.init.zeros_(linear.bias)
-
-    def forward(
-        self, x: Float[Tensor, "tokens dim"], rotary: Rotary | None, segments: Segments, *, backend: Backend = "auto"
-    ) -> Float[Tensor, "tokens dim"]:
-        x = x + self.attn(self.norm1(x), rotary, segments, backend=backend)
-        return x + self.mlp(self.norm2(x))
-
-
 class MoonViT(nn.Module):
     """The tower.
 
@@ -121,8 +97,24 @@ class MoonViT(nn.Module):
         self.attention_backend: Backend = "auto"
         self.patch_embed = PatchEmbed(config.in_channels, config.patch_size, config.dim)
         self.positions = PositionTable(*config.position_grid, config.dim)
-        self.blocks = nn.ModuleList(MoonViTBlock(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            TowerBlock(
+                LayerNorm(config.dim, eps=config.norm_eps),
+                SelfAttention(config.dim, config.num_heads, pairing="interleaved"),
+                LayerNorm(config.dim, eps=config.norm_eps),
+                MLP(config.dim, config.mlp_dim, activation="gelu_tanh"),
+            )
+            for _ in range(config.num_layers)
+        )
         self.norm = LayerNorm(config.dim, eps=config.norm_eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """MLPs start as the published code starts them: truncated normal of variance 2 / fan-in, no bias."""
+        for module in self.modules():
+            for linear in (module.fc1, module.fc2) if isinstance(module, MLP) else ():
+                nn.init.trunc_normal_(linear.weight, std=math.sqrt(2 / linear.in_features))
+                nn.init.zeros_(linear.bias)
 
     def forward(self, patches: Packed) -> Packed:
         """Features of every patch.
@@ -137,8 +129,8 @@ class MoonViT(nn.Module):
         Raises:
             LayoutError: No grids, a side of more than max_grid_side patches, or patches of another size.
         """
+        check_patches(self.config, patches, max_grid_side=self.config.max_grid_side)
         tokens, layout = patches.tokens, patches.layout
-        self._check(tokens, layout)
         dtype = self.patch_embed.proj.weight.dtype
         x = self.patch_embed(tokens.to(dtype)) + self.positions(layout).to(dtype)
         x = self.forward_blocks(x, self.rotary(layout, device=x.device), layout.segments(x.device))
@@ -148,37 +140,22 @@ class MoonViT(nn.Module):
         self, x: Float[Tensor, "tokens dim"], rotary: Rotary | None, segments: Segments
     ) -> Float[Tensor, "tokens dim"]:
         """The block stack; all that depends on the layout comes as tensors, so it compiles once for all image sizes."""
-        for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, segments, backend=self.attention_backend, use_reentrant=False)
-            else:
-                x = block(x, rotary, segments, backend=self.attention_backend)
-        return x
+        return run_blocks(
+            self.blocks, x, rotary, segments, recompute=self.gradient_checkpointing, backend=self.attention_backend
+        )
 
     def rotary(self, layout: Layout, *, device: torch.device | str | None = None) -> Rotary | None:
         """Cosines and sines of all patches; pairs 2i and 2i + 1 turn by column and row times theta^(-4i / head_dim)."""
         if not self.config.use_rope:
             return None
-        frequencies, axes = rotary_frequencies_2d(self.config.head_dim, self.config.theta, arrangement="alternating")
-        dtype = torch.float64 if self.patch_embed.proj.weight.dtype == torch.float64 else torch.float32
-        angles = rotary_angles(grid_positions(layout).to(dtype), frequencies, axes)
-        return Rotary(*(part.to(device) for part in make_rotary(angles)))
-
-    def _check(self, tokens: Tensor, layout: Layout) -> None:
-        if layout.grids is None:
-            raise LayoutError("MoonViT needs the grid of every image; make the layout with Layout.from_grids")
-        if tokens.ndim != 2 or tokens.shape[1] != self.config.patch_dim:
-            raise LayoutError(
-                f"patches have shape {tuple(tokens.shape)}; expected {self.config.patch_dim} values each: "
-                f"{self.config.in_channels} channels of {self.config.patch_size}x{self.config.patch_size} pixels"
-            )
-        limit = self.config.max_grid_side
-        for image, (_, rows, columns) in enumerate(layout.grids):
-            if max(rows, columns) > limit:
-                raise LayoutError(
-                    f"image {image}: a grid of {rows}x{columns} patches is longer than {limit} on a side; "
-                    f"resize it to at most {limit * self.config.patch_size} pixels per side"
-                )
+        return grid_rotary(
+            layout,
+            self.config.head_dim,
+            self.config.theta,
+            arrangement="alternating",
+            dtype=self.patch_embed.proj.weight.dtype,
+            device=device,
+        )
 
 
 KEYS = KeyMap(

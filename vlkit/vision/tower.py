@@ -1,0 +1,121 @@
+"""What vision towers share: a check of the patches, the pre-norm block, the stack of blocks, and rotary angles of grids.
+
+    check_patches(config, patches) -> embed -> run_blocks(blocks, x, rotary, segments, ...) -> norm
+
+A tower's own file gives its config, how patches are embedded, which blocks it has, and its published names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vlkit.errors import LayoutError
+from vlkit.layers.attention import Backend
+from vlkit.layers.rope import Arrangement, Rotary, grid_positions, make_rotary, rotary_angles, rotary_frequencies_2d
+from vlkit.packing import Layout, Packed, Segments
+
+
+class PatchConfig(Protocol):
+    """The fields of a tower's config that say what a patch is."""
+
+    @property
+    def patch_size(self) -> int: ...
+    @property
+    def in_channels(self) -> int: ...
+    @property
+    def patch_dim(self) -> int: ...
+
+
+def check_patches(config: PatchConfig, patches: Packed, *, max_grid_side: int | None = None) -> None:
+    """Refuse patches that a tower would misread.
+
+    Args:
+        config: Says how many values a patch has.
+        patches: [patches, patch_dim] with grids.
+        max_grid_side: Longest side of an image, in patches.
+
+    Raises:
+        LayoutError: No grids, a side of more than max_grid_side patches, or patches of another size.
+    """
+    tokens, grids = patches.tokens, patches.layout.grids
+    if grids is None:
+        raise LayoutError("a vision tower needs the grid of every image; make the layout with Layout.from_grids")
+    if tokens.ndim != 2 or tokens.shape[1] != config.patch_dim:
+        frames = getattr(config, "frames_per_patch", 1)
+        raise LayoutError(
+            f"patches have shape {tuple(tokens.shape)}; expected {config.patch_dim} values each: "
+            f"{config.in_channels} channels of {f'{frames} frames of ' if frames > 1 else ''}"
+            f"{config.patch_size}x{config.patch_size} pixels"
+        )
+    if max_grid_side is None:
+        return
+    for image, (_, rows, columns) in enumerate(grids):
+        if max(rows, columns) > max_grid_side:
+            raise LayoutError(
+                f"image {image}: a grid of {rows}x{columns} patches is longer than {max_grid_side} on a side; "
+                f"resize it to at most {max_grid_side * config.patch_size} pixels per side"
+            )
+
+
+class TowerBlock(nn.Module):
+    """x + attn(norm1(x)), then x + mlp(norm2(x)).
+
+    Args:
+        attn: `(x, rotary, segments, backend=) -> x`, such as SelfAttention.
+        mlp: `x -> x`.
+    """
+
+    def __init__(self, norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = norm1, attn, norm2, mlp
+
+    def forward(
+        self, x: Float[Tensor, "tokens dim"], rotary: Rotary | None, segments: Segments, *, backend: Backend = "auto"
+    ) -> Float[Tensor, "tokens dim"]:
+        x = x + self.attn(self.norm1(x), rotary, segments, backend=backend)
+        return x + self.mlp(self.norm2(x))
+
+
+def run_block(block: nn.Module, x: Tensor, *context: Any, recompute: bool, backend: Backend) -> Any:
+    """One block; with `recompute`, while gradients are recorded, its activations are made again in the backward.
+
+    Args:
+        context: What the block takes after x, such as rotary and segments.
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, x, *context, backend=backend, use_reentrant=False)
+    return block(x, *context, backend=backend)
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *context: Any, recompute: bool, backend: Backend) -> Tensor:
+    """Blocks one after another, all with the same context. See `run_block`."""
+    for block in blocks:
+        x = run_block(block, x, *context, recompute=recompute, backend=backend)
+    return x
+
+
+def grid_rotary(
+    layout: Layout,
+    head_dim: int,
+    theta: float,
+    *,
+    arrangement: Arrangement,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+) -> Rotary:
+    """Cosines and sines of all patches by row and column; see `rotary_frequencies_2d` for the arrangements.
+
+    Args:
+        dtype: Of the tower: angles are fp64 where it is, else fp32.
+        device: Where they go; they are computed on the host.
+    """
+    frequencies, axes = rotary_frequencies_2d(head_dim, theta, arrangement=arrangement)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    angles = rotary_angles(grid_positions(layout).to(wide), frequencies, axes)
+    return Rotary(*(part.to(device) for part in make_rotary(angles)))
