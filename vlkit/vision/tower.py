@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlkit.errors import LayoutError
+from vlkit.errors import ConfigError, LayoutError
 from vlkit.layers.attention import Backend
 from vlkit.layers.rope import Arrangement, Rotary, grid_positions, make_rotary, rotary_angles, rotary_frequencies_2d
 from vlkit.packing import Layout, Packed, Segments
@@ -30,6 +30,48 @@ class PatchConfig(Protocol):
     def in_channels(self) -> int: ...
     @property
     def patch_dim(self) -> int: ...
+
+
+class HeadConfig(Protocol):
+    """The fields of a tower's config that size its attention."""
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+
+
+class StackConfig(Protocol):
+    """The field of a tower's config that counts its blocks."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+
+def check_heads(config: HeadConfig) -> None:
+    """Refuse a width that 2-D rotary embedding cannot share among heads.
+
+    Raises:
+        ConfigError: Heads that are not a multiple of 4 channels wide.
+    """
+    if config.dim % (4 * config.num_heads):
+        raise ConfigError(
+            f"{type(config).__name__}: dim={config.dim} is not a multiple of 4 * num_heads={4 * config.num_heads}; "
+            "a head shares its channel pairs equally between rows and columns"
+        )
+
+
+def check_layers(config: StackConfig, name: str, layers: tuple[int, ...]) -> None:
+    """Refuse a list of layers that names one twice, in falling order, or beyond the last.
+
+    Raises:
+        ConfigError: Such a list.
+    """
+    if list(layers) != sorted(set(layers)) or any(layer >= config.num_layers for layer in layers):
+        raise ConfigError(
+            f"{type(config).__name__}.{name}: {layers} must rise and stay below num_layers={config.num_layers}; "
+            "layers are counted from 0"
+        )
 
 
 def check_patches(config: PatchConfig, patches: Packed, *, max_grid_side: int | None = None) -> None:
@@ -118,4 +160,5 @@ def grid_rotary(
     frequencies, axes = rotary_frequencies_2d(head_dim, theta, arrangement=arrangement)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     angles = rotary_angles(grid_positions(layout).to(wide), frequencies, axes)
-    return Rotary(*(part.to(device) for part in make_rotary(angles)))
+    rotary = make_rotary(angles)
+    return Rotary(rotary.cos.to(device), rotary.sin.to(device))
