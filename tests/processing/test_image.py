@@ -20,14 +20,16 @@ def slow_patches(image: Image.Image, rule: ImageRule) -> Tensor:
     """The rule as one reads it: pad, scale to 0..1, normalise, cut patch after patch."""
     plan = rule.target_size(image.height, image.width)
     image = image.resize(plan.resized[::-1], Image.Resampling.BICUBIC)
-    canvas = Image.new("RGB", plan.canvas[::-1])
-    canvas.paste(image, (0, 0))
+    canvas = Image.new("RGB", plan.canvas[::-1], rule.background)
+    canvas.paste(image, plan.offset[::-1])
     pixels = torch.tensor(np.array(canvas)).permute(2, 0, 1).float() / 255
     pixels = (pixels - torch.tensor(rule.mean)[:, None, None]) / torch.tensor(rule.std)[:, None, None]
     size = rule.patch_size
     return torch.stack(
         [
-            pixels[:, row * size : (row + 1) * size, column * size : (column + 1) * size].flatten()
+            pixels[:, None, row * size : (row + 1) * size, column * size : (column + 1) * size]
+            .repeat(1, rule.frames_per_patch, 1, 1)
+            .flatten()
             for row in range(plan.grid[0])
             for column in range(plan.grid[1])
         ]
@@ -39,9 +41,16 @@ def slow_patches(image: Image.Image, rule: ImageRule) -> Tensor:
     [
         ImageRule(),
         ImageRule(patch_size=5, merge_size=3, max_patches=20, **CLIP),
-        ImageRule(patch_size=4, fit="resize", max_patches=None, min_pixels=1000, max_pixels=2000, **CLIP),
+        ImageRule(
+            patch_size=4, fit="resize", max_patches=None, min_pixels=1000, max_pixels=2000, frames_per_patch=2, **CLIP
+        ),
+        ImageRule(patch_size=4, fit="letterbox", max_side=None, min_pixels=256, max_pixels=2000, longest=50, **CLIP),
+        ImageRule(
+            patch_size=4, fit="letterbox-chat", max_side=None, min_pixels=256, max_pixels=2000, longest=50, **CLIP
+        ),
+        ImageRule(patch_size=4, fit="stretch", merge_size=1, max_side=5, frames_per_patch=3, **CLIP),
     ],
-    ids=["kimi", "shrunk", "qwen"],
+    ids=["kimi", "shrunk", "qwen", "andes", "andes-chat", "qwen-vl"],
 )
 def test_patches_are_those_of_the_slow_way(rule: ImageRule) -> None:
     """Bit for bit, so that features can be compared with a published processor's."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 from hypothesis import assume, given, settings
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from vlkit.errors import ConfigError, ImageError
 from vlkit.processing import ImageRule
+from vlkit.processing.image_fits import FITS
 
 KIMI = ImageRule(max_aspect=None)
 QWEN2 = ImageRule(fit="resize", max_patches=None, max_side=None, max_aspect=None, min_pixels=3136, max_pixels=12845056)
@@ -82,18 +84,111 @@ def test_resize_matches_the_function_in_transformers(
     assert rule.target_size(height, width).resized == expected
 
 
+ANDES = ImageRule(
+    fit="letterbox",
+    max_patches=None,
+    max_side=None,
+    max_aspect=None,
+    min_pixels=4 * 28**2,
+    max_pixels=1792**2,
+    longest=4172,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+)
+ANDES_CHAT = ANDES.replace(fit="letterbox-chat")
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "chat_733", "chat_1792", "evaluated"),
+    [
+        (560, 560, (588, 588, 441), (588, 588, 441), (560, 560, 400)),
+        (640, 480, (644, 504, 414), (644, 504, 414), (644, 504, 414)),
+        (1920, 1080, (980, 560, 700), (1932, 1092, 2691), (1932, 1092, 2691)),
+        (28, 28, (84, 84, 9), (84, 84, 9), (56, 56, 4)),
+        (733, 733, (756, 756, 729), (756, 756, 729), (756, 756, 729)),
+        (1792, 1792, (756, 756, 729), (1820, 1820, 4225), (1792, 1792, 4096)),
+        (4172, 4172, (756, 756, 729), (1820, 1820, 4225), (1792, 1792, 4096)),
+        (10, 3000, (28, 3024, 108), (28, 3024, 108), (28, 3024, 108)),
+        (5000, 20, (4200, 28, 150), (4200, 28, 150), (4172, 28, 149)),
+    ],
+)
+def test_letterboxes_match_the_sizes_of_andesvl(
+    width: int,
+    height: int,
+    chat_733: tuple[int, int, int],
+    chat_1792: tuple[int, int, int],
+    evaluated: tuple[int, int, int],
+) -> None:
+    """Canvas width, height and tokens, by the evaluation code and by the `chat` of the repositories."""
+    rules = (ANDES_CHAT.replace(max_pixels=733**2), ANDES_CHAT, ANDES)
+    for rule, expected in zip(rules, (chat_733, chat_1792, evaluated), strict=True):
+        plan = rule.target_size(height, width)
+        assert (plan.canvas[1], plan.canvas[0], rule.num_tokens(plan.grid)) == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "resized", "offset"),
+    [
+        (560, 560, (560, 560), (0, 0)),  # aligned: nothing is resampled
+        (640, 480, (483, 644), (10, 0)),  # 644/640 both ways; 504 - 483 = 21, half of it truncated
+        (10, 3000, (3024, 10), (0, 8)),
+        (28, 28, (56, 56), (0, 0)),
+    ],
+)
+def test_a_letterbox_is_centred(width: int, height: int, resized: tuple[int, int], offset: tuple[int, int]) -> None:
+    assert ANDES.target_size(height, width)[0:3:2] == (resized, offset)
+
+
+def test_the_chat_letterbox_never_exceeds_what_patches_of_16_pixels_cover() -> None:
+    """4172 is a multiple of 28 but not of 32: there the sides end at 4160."""
+    rule = ANDES_CHAT.replace(patch_size=16, min_pixels=4 * 32**2)
+
+    assert rule.target_size(771, 4172).canvas == (800, 4160)
+    assert rule.background == (122, 116, 104)
+    assert rule.replace(mean=(0.5, 0.5, 0.5)).background == (127, 127, 127)
+    assert KIMI.replace(mean=(0.48145466, 0.4578275, 0.40821073)).background == (0, 0, 0)
+
+
+def test_stretch_is_one_square_for_all() -> None:
+    rule = ImageRule(fit="stretch", merge_size=1, max_side=32, tokens_per_image=256)
+
+    for height, width in ((448, 448), (1, 100), (900, 50)):
+        assert rule.target_size(height, width) == ((448, 448), (448, 448), (0, 0), (32, 32))
+    assert rule.num_tokens((32, 32)) == 256
+    with pytest.raises(ConfigError, match=r"squares of max_side patches.*found max_side=None"):
+        rule.replace(max_side=None)
+
+
+def test_every_fit_has_a_name() -> None:
+    assert set(get_args(get_type_hints(ImageRule)["fit"])) == set(FITS)
+
+
+def test_frames_count_in_the_patch() -> None:
+    assert ImageRule(patch_size=14, frames_per_patch=2).patch_dim == 1176
+
+
 @settings(deadline=None)
-@given(sides, sides, st.sampled_from([8, 14, 16]), st.integers(1, 4), st.sampled_from(["pad", "resize"]))
+@given(sides, sides, st.sampled_from([8, 14, 16]), st.integers(1, 4), st.sampled_from(sorted(FITS)))
 def test_both_sides_of_a_grid_can_be_merged(
     height: int, width: int, patch_size: int, merge_size: int, fit: str
 ) -> None:
-    rule = ImageRule(patch_size=patch_size, merge_size=merge_size, fit=fit, max_aspect=None, max_side=None)
+    side = merge_size * 7 if fit == "stretch" else None
+    longest = 4172 if fit.startswith("letterbox") else None
+    rule = ImageRule(
+        patch_size=patch_size,
+        merge_size=merge_size,
+        fit=fit,  # type: ignore[arg-type]
+        max_aspect=None,
+        max_side=side,
+        longest=longest,
+        min_pixels=4 * (patch_size * merge_size) ** 2,
+        max_pixels=1792**2,
+    )
 
     plan = rule.target_size(height, width)
 
     assert all(side % merge_size == 0 and side >= merge_size for side in plan.grid)
     assert plan.canvas == (plan.grid[0] * patch_size, plan.grid[1] * patch_size)
-    assert all(r <= c for r, c in zip(plan.resized, plan.canvas, strict=True))
+    assert all(r + o <= c for r, o, c in zip(plan.resized, plan.offset, plan.canvas, strict=True))
 
 
 @settings(deadline=None)

@@ -1,7 +1,9 @@
 """Images -> Packed patches, at their own sizes.
 
 image --read_image--> RGB --target_size, resize, pad--> canvas [H, W, 3] uint8
-      --patchify--> [rows * columns, 3 * P * P] fp32, raster order, flattened (channel, row, column)
+      --patchify--> [rows * columns, 3 * T * P * P] fp32, raster order, flattened (channel, time, row, column)
+
+A still image stands for all T frames of its patches.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def pack_images(images: Sequence[Any], rule: ImageRule | None = None, reading: R
         images: Whatever `read_image` takes, one entry per image.
 
     Returns:
-        Tokens [patches, 3 * patch_size ** 2] fp32; the layout has one grid (1, rows, columns) per image.
+        Tokens [patches, 3 * frames_per_patch * patch_size ** 2] fp32; the layout has one grid (1, rows, columns) per image.
 
     Raises:
         EmptyBatchError: No images.
@@ -64,23 +66,26 @@ def _canvas(image: Image.Image, plan: ResizePlan, rule: ImageRule) -> np.ndarray
     pixels = np.array(image)  # a copy: torch wants memory that it may write
     if plan.resized == plan.canvas:
         return pixels
-    canvas = np.zeros((*plan.canvas, 3), dtype=np.uint8)
+    canvas = np.empty((*plan.canvas, 3), dtype=np.uint8)
+    canvas[:] = rule.background
     (top, left), (height, width) = plan.offset, plan.resized
     canvas[top : top + height, left : left + width] = pixels
     return canvas
 
 
 def _write_patches(canvas: np.ndarray, plan: ResizePlan, rule: ImageRule, out: Tensor) -> None:
-    """Write the normalised patches of a canvas into `out` [patches, 3 * P * P].
+    """Write the normalised patches of a canvas into `out` [patches, 3 * T * P * P].
 
     The same reshape as `vlkit.layers.patch.patchify`, done while bytes become floats so that the pixels are moved once.
     """
     size = rule.patch_size
     view = rearrange(torch.from_numpy(canvas), "(rows p) (cols q) c -> rows cols c p q", p=size, q=size)
-    target = out.view(*plan.grid, 3, size, size)
+    frames = out.view(*plan.grid, 3, rule.frames_per_patch, size, size)
+    target = frames[:, :, :, 0]
     # In the published order (divide, subtract, divide), so that the values are theirs to the last bit.
     torch.div(view, 255.0, out=target)
     target.sub_(_per_channel(rule.mean)).div_(_per_channel(rule.std))
+    frames[:, :, :, 1:] = target.unsqueeze(3)
 
 
 def _per_channel(values: tuple[float, float, float]) -> Tensor:
