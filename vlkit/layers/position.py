@@ -9,6 +9,7 @@ F.interpolate per image.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Literal
 
@@ -48,6 +49,36 @@ class PositionTable(nn.Module):
 
     def extra_repr(self) -> str:
         return "{}x{}, {}".format(*self.table.shape)
+
+
+def list_to_table(cells: Float[Tensor, "*one cells dim"]) -> Float[Tensor, "rows cols dim"]:
+    """A square table that is published as a list of its cells, row by row: [cells, dim] or [1, cells, dim].
+
+    Raises:
+        ConfigError: The number of cells is not a square.
+    """
+    count, dim = cells.shape[-2:]
+    side = math.isqrt(count)
+    if side * side != count or cells.numel() != count * dim:
+        raise ConfigError(f"a position table of shape {list(cells.shape)} is not a list of the cells of a square")
+    return cells.reshape(side, side, dim)
+
+
+def table_to_list(table: Float[Tensor, "rows cols dim"]) -> Float[Tensor, "1 cells dim"]:
+    """The inverse of `list_to_table`, with its leading axis of one.
+
+    Raises:
+        ConfigError: The table is not square.
+    """
+    rows, cols, _ = table.shape
+    if rows != cols:
+        raise ConfigError(f"a position table of {rows}x{cols} cells is published as a list only if it is square")
+    return table.flatten(0, 1)[None]
+
+
+def table_to_cells(table: Float[Tensor, "rows cols dim"]) -> Float[Tensor, "cells dim"]:
+    """The inverse of `list_to_table` without a leading axis."""
+    return table_to_list(table)[0]
 
 
 def interpolate_positions(
