@@ -29,6 +29,8 @@ class Cache:
 
     Attributes:
         lengths: Tokens stored of each sequence, without those of the forward that is running.
+        next_positions: Where each sequence goes on: one more than its highest position so far, on any axis.
+        prompt_lengths: Tokens that the first forward stored of each sequence; 0 before it.
     """
 
     def __init__(
@@ -43,6 +45,8 @@ class Cache:
     ) -> None:
         self.capacity = max(1, capacity)
         self.lengths = [0] * num_sequences
+        self.next_positions = [0] * num_sequences
+        self.prompt_lengths = [0] * num_sequences
         self._rows = [
             [torch.empty(num_sequences, self.capacity, *shape, dtype=dtype, device=device) for shape in row_shapes]
             for _ in range(num_layers)
@@ -88,9 +92,17 @@ class Cache:
             stored.flatten(0, 1).index_copy_(0, index, new.detach().to(stored.dtype))
         return tuple(self._rows[layer])
 
-    def advance(self, layout: Layout) -> None:
-        """Count the tokens that all layers have written."""
-        self.lengths = self.key_lengths(layout)
+    def advance(self, layout: Layout, next_positions: Sequence[int] | None = None) -> None:
+        """Count the tokens that all layers have written.
+
+        Args:
+            layout: How many tokens of each sequence are new.
+            next_positions: Where each sequence goes on; None: their positions followed the ones before, one by one.
+        """
+        if next_positions is None:
+            next_positions = [start + new for start, new in zip(self.next_positions, layout.lengths, strict=True)]
+        self.lengths, self.next_positions = self.key_lengths(layout), list(next_positions)
+        self.prompt_lengths = [old or now for old, now in zip(self.prompt_lengths, self.lengths, strict=True)]
         self._index = None
 
     def select(self, rows: Sequence[int]) -> None:
@@ -98,6 +110,8 @@ class Cache:
         index = torch.tensor(list(rows), dtype=torch.long)
         self._rows = [[kept[index.to(kept.device)] for kept in layer] for layer in self._rows]
         self.lengths = [self.lengths[row] for row in rows]
+        self.next_positions = [self.next_positions[row] for row in rows]
+        self.prompt_lengths = [self.prompt_lengths[row] for row in rows]
         self._index = None
 
     def _places(self, layout: Layout, device: torch.device) -> Tensor:

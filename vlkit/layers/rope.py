@@ -4,7 +4,8 @@
     (a, b) -> (a cos - b sin, a sin + b cos)                                  for the two channels (a, b) of every pair
 
 What differs between models is data: which axis a pair follows (`axes`), its frequency, and which two channels make a
-pair (`pairing`: "interleaved" takes 2j and 2j + 1, "half" takes j and j + dim/2).
+pair (`pairing`: "interleaved" takes 2j and 2j + 1, "half" takes j and j + dim/2). Towers share the pairs between rows and
+columns (`rotary_frequencies_2d`), decoders that see images between time, rows and columns (`rotary_sections`).
 
 Source: Su et al., arXiv:2104.09864.
 """
@@ -27,23 +28,30 @@ Arrangement = Literal["alternating", "blocked"]
 
 
 class Rotary(NamedTuple):
-    """Cosine and sine of every token's angles, [tokens, pairs] each."""
+    """What attention needs to know of its tokens' positions.
+
+    Attributes:
+        cos: Cosine of every token's angles, [tokens, pairs].
+        sin: Their sine.
+        query_scale: Factor of every token's queries [tokens], where a model scales them with the position; None for 1.
+    """
 
     cos: Tensor
     sin: Tensor
+    query_scale: Tensor | None = None
 
 
 def rotary_frequencies(
-    head_dim: int, theta: float, *, device: torch.device | str | None = None
+    head_dim: int, theta: float, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, " pairs"]:
-    """theta^(-2i / head_dim) for i = 0 ... head_dim/2 - 1, in radians per position, fp32.
+    """theta^(-2i / head_dim) for i = 0 ... head_dim/2 - 1, in radians per position.
 
     Raises:
         ConfigError: An odd head_dim.
     """
     if head_dim % 2:
         raise ConfigError(f"head_dim={head_dim} is odd; rotary embedding turns pairs of channels")
-    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim)
 
 
 def rotary_frequencies_2d(
@@ -69,6 +77,33 @@ def rotary_frequencies_2d(
     if arrangement == "blocked":
         return each.repeat(2), (1,) * len(each) + (2,) * len(each)
     raise ConfigError(f"arrangement {arrangement!r} is neither 'alternating' nor 'blocked'")
+
+
+def rotary_sections(sections: Sequence[int], *, interleaved: bool) -> tuple[int, ...]:
+    """The axis that each pair of channels follows where a head is shared between time, rows and columns.
+
+    With sections (4, 2, 2): T T T T H H W W, or interleaved T H W T H W T T: the axes take turns, and those that have had
+    their share leave the rest to the first. Tokens whose coordinates are all equal are rotated as in one dimension.
+
+    Args:
+        sections: Pairs of each axis.
+        interleaved: In turns (Qwen3-VL) instead of one block after another (Qwen2-VL).
+
+    Returns:
+        One axis per pair, as `rotary_angles` takes them.
+
+    Raises:
+        ConfigError: Interleaved sections that do not fit: the first must be the longest.
+
+    Source: M-RoPE, Qwen2-VL, arXiv:2409.12191, section 2.1; interleaved: transformers' qwen3_vl.
+    """
+    if not interleaved:
+        return tuple(axis for axis, pairs in enumerate(sections) for _ in range(pairs))
+    count = len(sections)
+    axes = tuple(j % count if j < count * sections[j % count] else 0 for j in range(sum(sections)))
+    if any(axes.count(axis) != pairs for axis, pairs in enumerate(sections)):
+        raise ConfigError(f"sections {tuple(sections)} cannot be interleaved; the first must be the longest")
+    return axes
 
 
 @lru_cache(maxsize=1024)
@@ -139,7 +174,7 @@ def apply_rotary(
         LayoutError: Another number of pairs than dim/2.
         ConfigError: An unknown pairing.
     """
-    cos, sin = rotary
+    cos, sin = rotary.cos, rotary.sin
     if 2 * cos.shape[-1] != x.shape[-1]:
         raise LayoutError(f"{cos.shape[-1]} angles for heads of {x.shape[-1]} channels; expected {x.shape[-1] // 2}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

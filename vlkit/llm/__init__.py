@@ -2,7 +2,18 @@
 
 from vlkit.llm.decoder import Decoder
 from vlkit.llm.moonlight import MoonlightConfig, build_moonlight
-from vlkit.llm.output import DecoderOutput
+from vlkit.llm.output import DecoderOutput, Deep
+from vlkit.llm.qwen2 import Qwen2Config, build_qwen2
 from vlkit.llm.qwen3 import Qwen3Config, build_qwen3
 
-__all__ = ["Decoder", "DecoderOutput", "MoonlightConfig", "Qwen3Config", "build_moonlight", "build_qwen3"]
+__all__ = [
+    "Decoder",
+    "DecoderOutput",
+    "Deep",
+    "MoonlightConfig",
+    "Qwen2Config",
+    "Qwen3Config",
+    "build_moonlight",
+    "build_qwen2",
+    "build_qwen3",
+]

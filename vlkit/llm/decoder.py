@@ -22,8 +22,9 @@ from vlkit.layers.attention import Backend
 from vlkit.layers.cache import Cache
 from vlkit.layers.moe import MoE, Routing
 from vlkit.layers.norm import RMSNorm
-from vlkit.layers.rope import Rotary, make_rotary, rotary_angles, rotary_frequencies
-from vlkit.llm.output import DecoderOutput
+from vlkit.layers.rope import Rotary
+from vlkit.llm.output import DecoderOutput, Deep
+from vlkit.llm.rope import Rope
 from vlkit.packing import Layout, Packed, Segments
 
 
@@ -39,8 +40,6 @@ class DecoderConfig(Protocol):
     def num_layers(self) -> int: ...
     @property
     def max_positions(self) -> int: ...
-    @property
-    def theta(self) -> float: ...
     @property
     def norm_eps(self) -> float: ...
     @property
@@ -83,7 +82,7 @@ class Decoder(nn.Module):
 
     Args:
         blocks: One per layer, called as DecoderBlock is.
-        rotary_dim: Channels of a head that are rotated.
+        rope: Makes rotary angles of positions.
         cache_rows: Shape of each row that a layer keeps of a token.
 
     Attributes:
@@ -96,14 +95,14 @@ class Decoder(nn.Module):
         config: DecoderConfig,
         blocks: Iterable[nn.Module],
         *,
-        rotary_dim: int,
+        rope: Rope,
         cache_rows: tuple[tuple[int, ...], ...],
     ) -> None:
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
         self.attention_backend: Backend = "auto"
-        self.rotary_dim = rotary_dim
+        self.rope = rope
         self.cache_rows = cache_rows
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(blocks)
@@ -136,30 +135,51 @@ class Decoder(nn.Module):
         return self.embedding(ids)
 
     def forward(
-        self, embeddings: Packed, *, positions: Tensor | None = None, cache: Cache | None = None
+        self,
+        embeddings: Packed,
+        *,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        deep: Deep | None = None,
     ) -> DecoderOutput:
         """Run the blocks over packed sequences.
 
         Args:
             embeddings: [tokens, dim], one item per sequence.
-            positions: [tokens]; None counts from 0 in every sequence, or from where the cache ends.
+            positions: [tokens], or [tokens, 3] as (time, row, column) for decoders with rope_sections; on any device. None
+                counts from 0 in every sequence, or goes on where the cache ends, on all axes alike.
             cache: What came before; the new tokens are added to it. The items are its sequences, in order.
+            deep: Features that join the first layers' outputs.
 
         Raises:
             SequenceTooLongError: A position beyond max_positions.
-            LayoutError: Positions or items that do not fit.
+            LayoutError: Positions, items or deep features that do not fit.
         """
         x, layout = embeddings.tokens, embeddings.layout
-        rotary = self.rotary(self._positions(layout, positions, cache, x.device), x.dtype)
+        positions, next_positions = self._positions(layout, positions, cache, x.device)
+        rotary = self.rope(
+            positions,
+            layout,
+            cache.prompt_lengths if cache is not None and any(cache.lengths) else layout.lengths,
+            dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
+            training=self.training,
+        )
+        if deep is not None:
+            self._check_deep(deep, layout)
         if cache is None:
-            x, routing = self.forward_blocks(x, rotary, layout.segments(x.device))
+            x, routing = self.forward_blocks(x, rotary, layout.segments(x.device), deep=deep)
         else:
-            x, routing = self.forward_blocks(x, rotary, layout, cache)
-            cache.advance(layout)
+            x, routing = self.forward_blocks(x, rotary, layout, cache, deep)
+            cache.advance(layout, next_positions)
         return DecoderOutput(Packed(self.norm(x), layout), routing)
 
     def forward_blocks(
-        self, x: Float[Tensor, "tokens dim"], rotary: Rotary, layout: Layout | Segments, cache: Cache | None = None
+        self,
+        x: Float[Tensor, "tokens dim"],
+        rotary: Rotary,
+        layout: Layout | Segments,
+        cache: Cache | None = None,
+        deep: Deep | None = None,
     ) -> tuple[Float[Tensor, "tokens dim"], tuple[Routing, ...]]:
         """The block stack. With Segments all that depends on lengths is tensors: it compiles once for all lengths."""
         routings = []
@@ -169,6 +189,8 @@ class Decoder(nn.Module):
             else:
                 made = block(x, rotary, layout, cache, layer, backend=self.attention_backend)
             x, routing = made
+            if deep is not None and layer < len(deep.features):
+                x = x.index_add(0, deep.rows, deep.features[layer].to(x.dtype))
             if routing is not None:
                 routings.append(routing)
         return x, tuple(routings)
@@ -192,39 +214,58 @@ class Decoder(nn.Module):
         """Parameters that one token does not use: the experts that were not chosen."""
         return sum(module.inactive_parameters() for module in self.modules() if isinstance(module, MoE))
 
-    def rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
-        """Cosines and sines of the positions, fp32; fp64 if the model is."""
-        if dtype == torch.float64:
-            even = torch.arange(0, self.rotary_dim, 2, dtype=dtype, device=positions.device)
-            frequencies, positions = self.config.theta ** (-even / self.rotary_dim), positions.to(dtype)
-        else:
-            frequencies = rotary_frequencies(self.rotary_dim, self.config.theta, device=positions.device)
-        return make_rotary(rotary_angles(positions, frequencies))
-
     def _positions(
         self, layout: Layout, positions: Tensor | None, cache: Cache | None, device: torch.device
-    ) -> Int[Tensor, " tokens"]:
+    ) -> tuple[Tensor, list[int]]:
+        """Positions on the device, and where each sequence goes on after them."""
         limit = self.config.max_positions
-        ends = layout.lengths if cache is None else cache.key_lengths(layout)
+        ends = list(layout.lengths) if cache is None else cache.key_lengths(layout)
         if max(ends, default=0) > limit:
             raise SequenceTooLongError(
-                f"sequence {list(ends).index(max(ends))} has {max(ends)} tokens, the decoder {limit} positions; "
+                f"sequence {ends.index(max(ends))} has {max(ends)} tokens, the decoder {limit} positions; "
                 "cut the text, use fewer or smaller images, or raise max_positions if the weights were trained for it"
             )
-        if positions is None:
-            positions = layout.positions(device)
-            if cache is not None and any(cache.lengths):
-                if all(new == 1 for new in layout.lengths):
-                    return torch.tensor(cache.lengths, device=device)
-                starts = torch.tensor(cache.lengths, dtype=positions.dtype, device=device)
-                positions = positions + starts[layout.item_ids(device).long()]
-            return positions
-        if positions.shape != (layout.num_tokens,):
-            raise LayoutError(
-                f"positions have shape {tuple(positions.shape)}; this decoder takes one per token, {layout.num_tokens}"
-            )
-        if positions.device.type == "cpu" and positions.numel() and not 0 <= positions.min() <= positions.max() < limit:
+        if positions is not None:
+            # Without a cache nobody asks where they end, and looking would wait for the device.
+            on_host = cache is not None or positions.device.type == "cpu"
+            return positions.to(device), _next_positions(layout, positions, limit) if on_host else []
+        if cache is None or not any(cache.lengths):
+            return layout.positions(device), list(layout.lengths)
+        starts = cache.next_positions
+        following = [start + new for start, new in zip(starts, layout.lengths, strict=True)]
+        if max(following) > limit:
             raise SequenceTooLongError(
-                f"positions run from {int(positions.min())} to {int(positions.max())}, the decoder has 0 to {limit - 1}"
+                f"sequence {following.index(max(following))} goes on to position {max(following) - 1}, the decoder has "
+                f"0 to {limit - 1}"
             )
-        return positions
+        first = torch.tensor(starts, device=device)
+        if all(new == 1 for new in layout.lengths):
+            return first, following
+        return layout.positions(device) + first[layout.item_ids(device).long()], following
+
+    def _check_deep(self, deep: Deep, layout: Layout) -> None:
+        """Raise a LayoutError for features that do not fit."""
+        shapes = [tuple(features.shape) for features in deep.features]
+        wanted = (len(deep.rows), self.config.dim)
+        if deep.rows.ndim != 1 or len(shapes) > len(self.blocks) or any(shape != wanted for shape in shapes):
+            raise LayoutError(
+                f"deep features {shapes} for {tuple(deep.rows.shape)} rows; expected at most {len(self.blocks)} of shape "
+                f"{wanted}, one per decoder layer"
+            )
+
+
+def _next_positions(layout: Layout, positions: Tensor, limit: int) -> list[int]:
+    """One more than the highest of the given positions in each sequence."""
+    if positions.shape not in ((layout.num_tokens,), (layout.num_tokens, 3)):
+        raise LayoutError(
+            f"positions have shape {tuple(positions.shape)}; expected one per token, {layout.num_tokens}, or "
+            "(time, row, column) of each"
+        )
+    parts = positions.flatten().split([positions[0].numel() * length for length in layout.lengths])
+    bounds = torch.stack([torch.stack(part.aminmax()) for part in parts])  # [sequences, 2]
+    lowest, highest = bounds.T.tolist()
+    if min(lowest) < 0 or max(highest) >= limit:
+        raise SequenceTooLongError(
+            f"positions run from {min(lowest)} to {max(highest)}, the decoder has 0 to {limit - 1}"
+        )
+    return [most + 1 for most in highest]

@@ -15,6 +15,8 @@ from vlkit.layers.mla import LatentAttention
 from vlkit.layers.mlp import GatedMLP
 from vlkit.layers.moe import Experts, MoE, Router, check_routing
 from vlkit.llm.decoder import Decoder, DecoderBlock
+from vlkit.llm.grouped_query import LAYER, PROJECTIONS, llama_keys
+from vlkit.llm.rope import FixedRope
 from vlkit.registry import register_component
 
 
@@ -88,7 +90,7 @@ def build_moonlight(config: MoonlightConfig) -> Decoder:
     return Decoder(
         config,
         [_block(config, layer) for layer in range(config.num_layers)],
-        rotary_dim=config.rope_dim,
+        rope=FixedRope(config.rope_dim, config.theta),
         cache_rows=((config.kv_rank + config.rope_dim,),),
     )
 
@@ -129,36 +131,19 @@ def keys(config: MoonlightConfig) -> KeyMap:
 
     Rotary frequencies that older files carry are ignored. A tied head is neither needed nor written.
     """
-    layer = "model.layers.{layer}."
-    return KeyMap(
-        rename("model.embed_tokens.weight", "embedding.weight"),
-        rename(layer + "input_layernorm.weight", "blocks.{layer}.norm1.weight"),
+    return llama_keys(tied=config.tied) + KeyMap(
         rename(
-            layer + "self_attn.{name}.weight",
+            LAYER + "self_attn.{name}.weight",
             "blocks.{layer}.attn.{name}.weight",
-            name={
-                "q_proj": "q",
-                "kv_a_proj_with_mqa": "kv_down",
-                "kv_a_layernorm": "kv_norm",
-                "kv_b_proj": "kv_up",
-                "o_proj": "out",
-            },
+            name={"kv_a_proj_with_mqa": "kv_down", "kv_a_layernorm": "kv_norm", "kv_b_proj": "kv_up"},
         ),
-        drop(layer + "self_attn.rotary_emb.inv_freq"),
-        rename(layer + "post_attention_layernorm.weight", "blocks.{layer}.norm2.weight"),
-        rename(layer + "mlp.{name}.weight", "blocks.{layer}.mlp.{name}.weight", name=_PROJECTIONS),
-        rename(layer + "mlp.gate.weight", "blocks.{layer}.mlp.router.weight"),
-        rename(layer + "mlp.gate.e_score_correction_bias", "blocks.{layer}.mlp.router.bias"),
-        stack(layer + "mlp.experts.{expert}.{name}.weight", "blocks.{layer}.mlp.experts.{name}", name=_PROJECTIONS),
-        rename(
-            layer + "mlp.shared_experts.{name}.weight", "blocks.{layer}.mlp.shared.{name}.weight", name=_PROJECTIONS
-        ),
-        rename("model.norm.weight", "norm.weight"),
-        rename("lm_head.weight", "lm_head.weight", optional=config.tied),
+        drop(LAYER + "self_attn.rotary_emb.inv_freq"),
+        rename(LAYER + "mlp.gate.weight", "blocks.{layer}.mlp.router.weight"),
+        rename(LAYER + "mlp.gate.e_score_correction_bias", "blocks.{layer}.mlp.router.bias"),
+        stack(LAYER + "mlp.experts.{expert}.{name}.weight", "blocks.{layer}.mlp.experts.{name}", name=PROJECTIONS),
+        rename(LAYER + "mlp.shared_experts.{name}.weight", "blocks.{layer}.mlp.shared.{name}.weight", name=PROJECTIONS),
     )
 
-
-_PROJECTIONS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
 register_component(
     "llm",

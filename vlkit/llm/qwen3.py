@@ -9,13 +9,21 @@ run.
 
 from __future__ import annotations
 
+from typing import Any
+
 from vlkit.config import Config, Count, Depth, Positive, Size
-from vlkit.errors import ConfigError
 from vlkit.hub.keymap import KeyMap, rename, stack
-from vlkit.layers.gqa import GroupedQueryAttention
-from vlkit.layers.mlp import GatedMLP
 from vlkit.layers.moe import Experts, MoE, Router, check_routing
-from vlkit.llm.decoder import Decoder, DecoderBlock
+from vlkit.llm.decoder import Decoder
+from vlkit.llm.grouped_query import (
+    LAYER,
+    PROJECTIONS,
+    check_heads,
+    grouped_query_decoder,
+    llama_keys,
+    sectioned_rope,
+)
+from vlkit.llm.rope import FixedRope
 from vlkit.registry import register_component
 
 
@@ -36,6 +44,8 @@ class Qwen3Config(Config):
         normalize: Whether the weights of the chosen experts are divided by their sum.
         qkv_bias: Whether the q, k and v projections have biases.
         theta: Base of the rotary wavelengths.
+        rope_sections: Pairs of rotated channels that follow time, row and column; None for positions of one coordinate.
+        rope_interleaved: Whether these take turns, instead of one block after another.
         max_positions: Longest sequence, in tokens.
         norm_eps: Added to the mean square in every norm.
         tied: Whether the head is the embedding's matrix.
@@ -54,70 +64,52 @@ class Qwen3Config(Config):
     normalize: bool = True
     qkv_bias: bool = False
     theta: Positive = 1000000.0
+    rope_sections: tuple[Size, Size, Size] | None = None
+    rope_interleaved: bool = False
     max_positions: Size = 40960
     norm_eps: Positive = 1e-6
     tied: bool = True
 
     def check(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"Qwen3Config: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise ConfigError(f"Qwen3Config: head_dim={self.head_dim} is odd; rotary embedding turns pairs of channels")
+        check_heads(self)
+        _rope(self)
         if self.num_experts:
             check_routing(self.num_experts, self.top_k)
 
 
 def build_qwen3(config: Qwen3Config) -> Decoder:
     """The decoder with these sizes; its cache keeps keys and values of every key head."""
-    return Decoder(
-        config,
-        [_block(config) for _ in range(config.num_layers)],
-        rotary_dim=config.head_dim,
-        cache_rows=((config.num_kv_heads, config.head_dim),) * 2,
-    )
 
-
-def _block(config: Qwen3Config) -> DecoderBlock:
-    attn = GroupedQueryAttention(
-        config.dim,
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
-        qkv_bias=config.qkv_bias,
-        qk_norm_eps=config.norm_eps,
-    )
-    mlp: GatedMLP | MoE
-    if config.num_experts:
+    def experts() -> MoE:
         router = Router(config.dim, config.num_experts, top_k=config.top_k, normalize=config.normalize)
-        mlp = MoE(router, Experts(config.dim, config.expert_dim, config.num_experts))
-    else:
-        mlp = GatedMLP(config.dim, config.mlp_dim)
-    return DecoderBlock(config.dim, attn, mlp, norm_eps=config.norm_eps)
+        return MoE(router, Experts(config.dim, config.expert_dim, config.num_experts))
+
+    mlp = experts if config.num_experts else None
+    return grouped_query_decoder(config, rope=_rope(config), qkv_bias=config.qkv_bias, qk_norm=True, mlp=mlp)
+
+
+def _rope(config: Qwen3Config) -> FixedRope:
+    return sectioned_rope(config.head_dim, config.theta, config.rope_sections, interleaved=config.rope_interleaved)
 
 
 def keys(config: Qwen3Config) -> KeyMap:
-    """Names of the Qwen/Qwen3-* checkpoints. A tied head is ignored where a file has a copy, and not written."""
-    layer = "model.layers.{layer}."
-    projections = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
-    return KeyMap(
-        rename("model.embed_tokens.weight", "embedding.weight"),
-        rename(layer + "input_layernorm.weight", "blocks.{layer}.norm1.weight"),
-        rename(
-            layer + "self_attn.{name}.{kind}",
-            "blocks.{layer}.attn.{name}.{kind}",
-            name={"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "out", "q_norm": "q_norm", "k_norm": "k_norm"},
-        ),
-        rename(layer + "post_attention_layernorm.weight", "blocks.{layer}.norm2.weight"),
-        rename(layer + "mlp.{name}.weight", "blocks.{layer}.mlp.{name}.weight", name=projections),
-        rename(layer + "mlp.gate.weight", "blocks.{layer}.mlp.router.weight"),
-        stack(layer + "mlp.experts.{expert}.{name}.weight", "blocks.{layer}.mlp.experts.{name}", name=projections),
-        rename("model.norm.weight", "norm.weight"),
-        rename("lm_head.weight", "lm_head.weight", optional=config.tied),
+    """Names of the Qwen/Qwen3-* checkpoints."""
+    return llama_keys(tied=config.tied) + KeyMap(
+        rename(LAYER + "mlp.gate.weight", "blocks.{layer}.mlp.router.weight"),
+        stack(LAYER + "mlp.experts.{expert}.{name}.weight", "blocks.{layer}.mlp.experts.{name}", name=PROJECTIONS),
     )
 
 
+_30B_A3B = Qwen3Config(dim=2048, num_layers=48, num_heads=32, num_kv_heads=4, mlp_dim=6144, num_experts=128, tied=False)
+_235B_A22B = _30B_A3B.replace(dim=4096, num_layers=94, num_heads=64, mlp_dim=12288, expert_dim=1536)
+# What the decoders of Qwen3-VL have in common.
+_VISION: dict[str, Any] = {
+    "theta": 5000000.0,
+    "max_positions": 262144,
+    "rope_sections": (24, 20, 20),
+    "rope_interleaved": True,
+}
+_VL = Qwen3Config(**_VISION)
 _TINY = Qwen3Config(
     vocab_size=320,
     dim=32,
@@ -139,19 +131,14 @@ register_component(
         "qwen3-1.7b": Qwen3Config(dim=2048, mlp_dim=6144),
         "qwen3-4b": Qwen3Config(dim=2560, num_layers=36, num_heads=32, mlp_dim=9728),
         "qwen3-8b": Qwen3Config(dim=4096, num_layers=36, num_heads=32, mlp_dim=12288, tied=False),
-        "qwen3-30b-a3b": Qwen3Config(
-            dim=2048, num_layers=48, num_heads=32, num_kv_heads=4, mlp_dim=6144, num_experts=128, tied=False
-        ),
-        "qwen3-235b-a22b": Qwen3Config(
-            dim=4096,
-            num_layers=94,
-            num_heads=64,
-            num_kv_heads=4,
-            mlp_dim=12288,
-            num_experts=128,
-            expert_dim=1536,
-            tied=False,
-        ),
+        "qwen3-30b-a3b": _30B_A3B,
+        "qwen3-235b-a22b": _235B_A22B,
+        "qwen3-vl-2b": _VL.replace(dim=2048, mlp_dim=6144),
+        "qwen3-vl-4b": _VL.replace(dim=2560, num_layers=36, num_heads=32, mlp_dim=9728),
+        "qwen3-vl-8b": _VL.replace(dim=4096, num_layers=36, num_heads=32, mlp_dim=12288, tied=False),
+        "qwen3-vl-32b": _VL.replace(dim=5120, num_layers=64, num_heads=64, mlp_dim=25600, tied=False),
+        "qwen3-vl-30b-a3b": _30B_A3B.replace(**_VISION),
+        "qwen3-vl-235b-a22b": _235B_A22B.replace(**_VISION),
         "qwen3-tiny": _TINY,
         "qwen3-moe-tiny": _TINY.replace(num_experts=5, top_k=2, expert_dim=24, tied=False),
     },
