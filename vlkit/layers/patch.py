@@ -47,18 +47,22 @@ def unpatchify(
 
 
 class PatchEmbed(nn.Module):
-    """A linear layer over the flattened patch: the function of a convolution with kernel and stride P."""
+    """A linear layer over the flattened patch: the function of a convolution with kernel and stride P.
 
-    def __init__(self, in_channels: int, patch_size: int, dim: int, *, bias: bool = True) -> None:
+    Args:
+        frames: Time steps of a patch; it is then flattened as (channel, time, row, column).
+    """
+
+    def __init__(self, in_channels: int, patch_size: int, dim: int, *, frames: int = 1, bias: bool = True) -> None:
         super().__init__()
-        self.proj = nn.Linear(in_channels * patch_size**2, dim, bias=bias)
+        self.proj = nn.Linear(in_channels * frames * patch_size**2, dim, bias=bias)
 
     def forward(self, patches: Float[Tensor, "patches patch_dim"]) -> Float[Tensor, "patches dim"]:
         return self.proj(patches)
 
 
-def conv_to_linear(weight: Float[Tensor, "dim channels P P"]) -> Float[Tensor, "dim patch_dim"]:
-    """The weight of a patch convolution as that of `PatchEmbed.proj`."""
+def conv_to_linear(weight: Float[Tensor, "dim channels *kernel"]) -> Float[Tensor, "dim patch_dim"]:
+    """The weight of a patch convolution, over images or clips, as that of `PatchEmbed.proj`."""
     return weight.flatten(1)
 
 
@@ -74,3 +78,10 @@ def linear_to_conv(weight: Float[Tensor, "dim patch_dim"]) -> Float[Tensor, "dim
             f"a patch of {weight.shape[1]} values is not 3 channels of a square; published towers take RGB"
         )
     return rearrange(weight, "dim (c p q) -> dim c p q", c=3, p=side, q=side)
+
+
+def linear_to_conv3d(
+    weight: Float[Tensor, "dim patch_dim"], *, frames: int, patch_size: int
+) -> Float[Tensor, "dim channels frames P P"]:
+    """The inverse of `conv_to_linear` for a convolution over clips."""
+    return rearrange(weight, "dim (c t p q) -> dim c t p q", t=frames, p=patch_size, q=patch_size)

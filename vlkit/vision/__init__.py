@@ -2,6 +2,22 @@
 
 from vlkit.vision.aimv2 import AIMv2, AIMv2Config
 from vlkit.vision.moonvit import MoonViT, MoonViTConfig
+from vlkit.vision.qwen2_5_vit import Qwen25ViT, Qwen25ViTConfig
+from vlkit.vision.qwen2_vit import Qwen2ViT, Qwen2ViTConfig
+from vlkit.vision.qwen3_vit import Qwen3ViT, Qwen3ViTConfig
 from vlkit.vision.siglip2 import SigLIP2, SigLIP2Config
 
-__all__ = ["AIMv2", "AIMv2Config", "MoonViT", "MoonViTConfig", "SigLIP2", "SigLIP2Config"]
+__all__ = [
+    "AIMv2",
+    "AIMv2Config",
+    "MoonViT",
+    "MoonViTConfig",
+    "Qwen2ViT",
+    "Qwen2ViTConfig",
+    "Qwen3ViT",
+    "Qwen3ViTConfig",
+    "Qwen25ViT",
+    "Qwen25ViTConfig",
+    "SigLIP2",
+    "SigLIP2Config",
+]
