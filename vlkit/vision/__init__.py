@@ -2,6 +2,7 @@
 
 from vlkit.vision.aimv2 import AIMv2, AIMv2Config
 from vlkit.vision.moonvit import MoonViT, MoonViTConfig
+from vlkit.vision.openclip_vit import OpenCLIPViT, OpenCLIPViTConfig
 from vlkit.vision.qwen2_5_vit import Qwen25ViT, Qwen25ViTConfig
 from vlkit.vision.qwen2_vit import Qwen2ViT, Qwen2ViTConfig
 from vlkit.vision.qwen3_vit import Qwen3ViT, Qwen3ViTConfig
@@ -12,6 +13,8 @@ __all__ = [
     "AIMv2Config",
     "MoonViT",
     "MoonViTConfig",
+    "OpenCLIPViT",
+    "OpenCLIPViTConfig",
     "Qwen2ViT",
     "Qwen2ViTConfig",
     "Qwen3ViT",
