@@ -97,3 +97,7 @@ class DiskFullError(CheckpointError):
 
 class OptimizerStateError(VlkitError, ValueError):
     """An optimizer state does not belong to these parameters."""
+
+
+class UnknownFieldWarning(UserWarning):
+    """A config.json has fields without an effect in vlkit; `from_pretrained(strict_config=True)` refuses them."""

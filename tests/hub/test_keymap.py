@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlkit.errors import KeyMismatchError
+from vlkit.errors import ConfigError, KeyMismatchError
 from vlkit.hub.keymap import KeyMap, Step, choose_keymap, collapse, drop, rename, reshape, split, stack
 
 
@@ -368,18 +370,91 @@ def test_not_strict_still_refuses_shapes() -> None:
         KEYS.plan_load(partial | {"l.0.qkv": (9, 2)}, wanted(), strict=False)
 
 
-def test_the_layout_that_fits_is_chosen_and_the_nearest_one_reported() -> None:
-    def turn(tensor: Tensor) -> Tensor:
-        return tensor.transpose(1, 2)
+def turn(tensor: Tensor) -> Tensor:
+    return tensor.transpose(1, 2)
 
-    plain = KeyMap(rename("w", "w"), rename("b", "b"))
-    turned = KeyMap(reshape("w", "w", turn, turn), rename("b", "b"))
+
+PLAIN = KeyMap(rename("w", "w"), rename("b", "b"))
+TURNED = KeyMap(reshape("w", "w", turn, turn), rename("b", "b"))
+
+
+def test_the_layout_that_fits_is_chosen_and_the_nearest_one_reported() -> None:
     ours = {"w": (2, 3, 5), "b": (2,)}
 
-    assert choose_keymap([plain, turned], {"w": (2, 5, 3), "b": (2,)}, ours) is turned
-    assert choose_keymap([plain, turned], {"w": (2, 3, 5), "b": (2,)}, ours) is plain
-    with pytest.raises(KeyMismatchError, match=r"\[4\] -> \[2\]"):
-        choose_keymap([plain, turned], {"w": (2, 5, 3), "b": (4,)}, ours)
+    assert choose_keymap([PLAIN, TURNED], {"w": (2, 5, 3), "b": (2,)}, ours).index == 1
+    assert choose_keymap([PLAIN, TURNED], {"w": (2, 3, 5), "b": (2,)}, ours).index == 0
+    with pytest.raises(KeyMismatchError, match=r"layout 1 of 2 is the nearest.*\n.*\n.*\[4\] -> \[2\]"):
+        choose_keymap([PLAIN, TURNED], {"w": (2, 5, 3), "b": (4,)}, ours)
+
+
+def test_not_strict_takes_the_nearest_layout() -> None:
+    ours = {"w": (2, 3, 5), "b": (2,)}
+
+    chosen = choose_keymap([PLAIN, TURNED], {"w": (2, 5, 3)}, ours, strict=False)
+
+    assert chosen.index == 1
+    assert chosen.report.missing == {"b": "b"}
+    with pytest.raises(KeyMismatchError, match="another shape"):
+        choose_keymap([PLAIN, TURNED], {"w": (2, 4, 4)}, ours, strict=False)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_square_matrices_that_fit_two_layouts_are_refused_unless_one_is_named(strict: bool) -> None:
+    ours = {"w": (2, 3, 3), "b": (2,)}
+    theirs = ours if strict else {"w": (2, 3, 3)}
+
+    with pytest.raises(
+        KeyMismatchError, match=r"layout 0 and layout 1, which read w differently.*pass layout=0 or layout=1"
+    ):
+        choose_keymap([PLAIN, TURNED], theirs, ours, strict=strict)
+
+    assert choose_keymap([PLAIN, TURNED], theirs, ours, strict=strict, layout=1).index == 1
+    assert choose_keymap([PLAIN, TURNED], theirs, ours, strict=strict, written=1).index == 1
+    with pytest.raises(KeyMismatchError, match="layout=0 or layout=1"):
+        choose_keymap([PLAIN, TURNED], theirs, ours, strict=strict, written=7)
+
+
+@pytest.mark.parametrize("layout", [2, -1, True, "0"])
+def test_a_layout_that_there_is_not_is_refused(layout: Any) -> None:
+    with pytest.raises(ConfigError, match="from 0 to 1"):
+        choose_keymap([PLAIN, TURNED], {}, {}, layout=layout)
+
+
+def test_what_the_files_claim_does_not_overrule_their_shapes() -> None:
+    ours = {"w": (2, 3, 5), "b": (2,)}
+
+    assert choose_keymap([PLAIN, TURNED], ours, ours, written=1).index == 0
+
+
+def test_two_maps_that_read_the_same_numbers_are_no_ambiguity() -> None:
+    """Whether their functions are the same ones or only do the same is asked of numbers."""
+    ours = {"q": (2, 3), "k": (2, 3)}
+    halves = KeyMap(split("qk", "{part}", part=("q", "k")))
+    again = KeyMap(split("qk", "{part}", part=("q", "k"), to_ours=lambda t: t.clone(), to_theirs=lambda t: t))
+    swapped = KeyMap(split("qk", "{part}", part=("k", "q")))
+
+    assert choose_keymap([halves, again], {"qk": (4, 3)}, ours).index == 0
+    with pytest.raises(KeyMismatchError, match="read q, k differently"):
+        choose_keymap([halves, again, swapped], {"qk": (4, 3)}, ours)
+
+
+def test_another_name_for_the_same_parameter_is_a_difference() -> None:
+    one, two = KeyMap(rename("a", "w"), drop("b")), KeyMap(rename("b", "w"), drop("a"))
+
+    with pytest.raises(KeyMismatchError, match="read w differently"):
+        choose_keymap([one, two], {"a": (3,), "b": (3,)}, {"w": (3,)})
+
+
+@pytest.mark.parametrize("first", ["l.01.weight", "l.1.weight", "l.1.0"])
+def test_a_name_is_judged_by_itself_whatever_was_asked_before(first: str) -> None:
+    """Names that are equal but for their numbers share a look-up of rules, never a verdict."""
+    keys = KeyMap(rename("l.{layer}.weight", "w.{layer}"), rename("l.1.{kind}", "one.{kind}", kind=("0", "bias")))
+    keys.compare({first: (1,)})
+
+    assert keys.compare({"l.2.weight": (1,)})[1].num_problems == 0
+    assert keys.compare({"l.1.0": (1,)})[1].num_problems == 0
+    assert keys.compare({"l.2.0": (1,)})[1].unexpected == ["l.2.0"]
+    assert keys.compare({"l.02.weight": (1,)})[1].unexpected == ["l.02.weight"]
 
 
 def test_names_are_collapsed_with_gaps_shown() -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import vlkit
-from vlkit.errors import ConfigError, CorruptCheckpointError, KeyMismatchError
+from vlkit.errors import ConfigError, CorruptCheckpointError, KeyMismatchError, UnknownFieldWarning
 from vlkit.hub.checkpoint import verify_manifest
+from vlkit.hub.keymap import KeyMap
+from vlkit.models import kimi_vl, pretrained
+from vlkit.models.vlm import VLMConfig
+from vlkit.registry import families
 from vlkit.testing import random_batch
 
 
@@ -51,7 +58,7 @@ def test_saving_again_keeps_what_is_not_ours_and_drops_old_shards(tmp_path: Path
     (folder / "notes.txt").write_text("mine")
     model.save_pretrained(folder)
     names = {p.name for p in folder.iterdir()}
-    assert names == {"config.json", "model.safetensors", "notes.txt", "processor.json"}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "notes.txt", "processor.json"}
     assert vlkit.Processor.from_pretrained(folder).image_token_id == model.config.image_token_id
 
 
@@ -79,7 +86,7 @@ def test_missing_weights_are_an_error_unless_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "llava"}, "'llava' belongs to no registered family; known are kimi_vl, vlkit"),
+        ({"model_type": "llava"}, "'llava' belongs to no registered family; known are .*kimi_vl, .*vlkit"),
         ({}, "None belongs to no registered family"),
         ({"model_type": "vlkit"}, "missing 'model'"),
         ({"model_type": "vlkit", "model": {"vision": {"dim": 3}}}, "'type' must name a registered vision"),
@@ -131,5 +138,136 @@ def test_push_uploads_what_save_writes(tmp_path: Path, monkeypatch: pytest.Monke
     assert calls == [
         ("token", {"token": "secret"}),
         ("create", {"repo_id": "me/tiny", "private": True, "exist_ok": True}),
-        ("upload", {"repo_id": "me/tiny", "names": ["config.json", "model.safetensors"]}),
+        ("upload", {"repo_id": "me/tiny", "names": ["config.json", "generation_config.json", "model.safetensors"]}),
     ]
+
+
+# Layouts of one family.
+
+
+def turned(rule: str) -> Callable[[VLMConfig], KeyMap]:
+    """Kimi-VL's names with one linear layer of the projector stored transposed."""
+
+    def keys(config: VLMConfig) -> KeyMap:
+        turn = {"to_ours": torch.t, "to_theirs": torch.t}  # leaves biases as they are
+        return KeyMap(*(replace(r, **turn) if rule in r.theirs.text else r for r in kimi_vl.keys(config).rules))
+
+    return keys
+
+
+@pytest.fixture
+def layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kimi-VL as if it had been published under older names, and with either layer of the projector transposed.
+
+    The first layer's matrix is square in the tiny model, the second's is not.
+    """
+    monkeypatch.setattr(
+        pretrained,
+        "families",
+        lambda: {
+            "kimi-vl": replace(
+                families()["kimi-vl"],
+                other_keys=lambda config: (
+                    kimi_vl.keys(config).mounted(theirs="old."),
+                    turned("linear_2")(config),
+                    turned("linear_1")(config),
+                ),
+            )
+        },
+    )
+
+
+def saved_in(layout: int, folder: Path) -> dict[str, torch.Tensor]:
+    """A tiny model written in one of the layouts; what its file holds."""
+    torch.manual_seed(0)
+    model = vlkit.create_model("kimi-vl-tiny")
+    model.published_layout = layout
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.usefixtures("layouts")
+@pytest.mark.parametrize("layout", [1, 2, 3])
+def test_a_checkpoint_is_written_in_the_layout_that_it_was_read_in(tmp_path: Path, layout: int) -> None:
+    state = saved_in(layout, tmp_path / "a")
+    plain = saved_in(0, tmp_path / "plain")
+    assert any(name not in plain or not torch.equal(state[name], plain[name]) for name in state)
+
+    loaded = vlkit.from_pretrained(tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "b")
+
+    assert loaded.published_layout == layout
+    assert (tmp_path / "b" / "model.safetensors").read_bytes() == (tmp_path / "a" / "model.safetensors").read_bytes()
+    torch.manual_seed(0)
+    made = vlkit.create_model("kimi-vl-tiny").state_dict()
+    assert all(torch.equal(tensor, made[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.usefixtures("layouts")
+def test_a_file_that_fits_two_layouts_needs_to_be_told_which(tmp_path: Path) -> None:
+    """What vlkit writes says so itself; a file from elsewhere is refused until somebody does."""
+    state = saved_in(3, tmp_path)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(KeyMismatchError, match=r"read projector.fc1.weight differently.*pass layout=0 or layout=3"):
+        vlkit.from_pretrained(tmp_path)
+
+    name = "multi_modal_projector.linear_1.weight"
+    assert torch.equal(vlkit.from_pretrained(tmp_path, layout=3).projector.fc1.weight, state[name].T)
+    assert torch.equal(vlkit.from_pretrained(tmp_path, layout=0).projector.fc1.weight, state[name])
+    with pytest.raises(ConfigError, match="layout: expected a number from 0 to 3, found 4"):
+        vlkit.from_pretrained(tmp_path, layout=4)
+
+
+@pytest.mark.usefixtures("layouts")
+def test_the_nearest_layout_is_reported(tmp_path: Path) -> None:
+    state = saved_in(1, tmp_path)
+    del state["old.vision_tower.patch_embed.proj.bias"]
+    save_file(state, tmp_path / "model.safetensors")
+
+    with pytest.raises(KeyMismatchError, match=r"layout 1 of 4 is the nearest: names do not fit: 1 missing"):
+        vlkit.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"old\.vision_tower\.patch_embed\.proj\.bias"):
+        assert vlkit.from_pretrained(tmp_path, strict=False).published_layout == 1
+
+
+# Files beside the weights.
+
+
+def test_ids_that_end_an_answer_are_read_from_both_files_and_written_for_other_tools(tmp_path: Path) -> None:
+    model = vlkit.create_model("kimi-vl-tiny")
+    stops = list(model.config.stop_ids)
+    model.save_pretrained(tmp_path / "a")
+    written = tmp_path / "a" / "generation_config.json"
+    assert json.loads(written.read_text()) == {"eos_token_id": stops}
+
+    for ends, expected in ((3, [*stops, 3]), ([stops[0], 5], [*stops, 5]), (None, stops)):
+        written.write_text(json.dumps({"eos_token_id": ends, "temperature": 0.2}))
+        loaded = vlkit.from_pretrained(tmp_path / "a")
+        assert list(loaded.config.stop_ids) == expected
+        loaded.save_pretrained(tmp_path / "b")
+        assert vlkit.from_pretrained(tmp_path / "b").config == loaded.config
+
+
+@pytest.mark.parametrize("ends", [-1, True, "</s>", [[3]], {"id": 3}, 10**9, 2.0])
+def test_ids_that_are_none_are_refused_with_their_file(tmp_path: Path, ends: Any) -> None:
+    vlkit.create_model("kimi-vl-tiny").save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id"):
+        vlkit.from_pretrained(tmp_path)
+
+
+def test_unknown_fields_warn_once_and_are_refused_when_asked(tmp_path: Path) -> None:
+    vlkit.create_model("kimi-vl-tiny").save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["text_config"]["sliding_windw"] = 4096
+    (tmp_path / "config.json").write_text(json.dumps(values))
+
+    with pytest.warns(UnknownFieldWarning) as caught:
+        vlkit.from_pretrained(tmp_path)
+    assert [str(w.message) for w in caught] == [
+        "config.json.text_config: fields without an effect in vlkit: sliding_windw"
+    ]
+    with pytest.raises(ConfigError, match="sliding_windw; strict_config=False ignores them"):
+        vlkit.from_pretrained(tmp_path, strict_config=True)

@@ -58,12 +58,18 @@ class Checkpoint:
         folder: The folder.
         tensors: Name -> type, shape and place.
         file_of: Name -> path of its file.
+        metadata: Texts in the headers of the files.
     """
 
     def __init__(
-        self, folder: Path, tensors: dict[str, TensorInfo], file_of: dict[str, Path], opener: Callable[[Path], object]
+        self,
+        folder: Path,
+        tensors: dict[str, TensorInfo],
+        file_of: dict[str, Path],
+        opener: Callable[[Path], object],
+        metadata: Mapping[str, str],
     ) -> None:
-        self.folder, self.tensors, self.file_of = folder, tensors, file_of
+        self.folder, self.tensors, self.file_of, self.metadata = folder, tensors, file_of, metadata
         self._opener = opener
         self._open: tuple[Path, object] | None = None  # one file at a time
 
@@ -132,17 +138,18 @@ def open_checkpoint(
             for name, path in files.items()
         }
         contents = {name: header.tensors for name, header in headers.items()}
+        metadata = {key: text for header in headers.values() for key, text in header.metadata.items()}
         by_path = {files[name]: header for name, header in headers.items()}
         opener: Callable[[Path], object] = lambda path: MappedFile(by_path[path])  # noqa: E731
     else:
         contents = {name: _PickledFile(path).tensors for name, path in files.items()}
-        opener = _PickledFile
+        opener, metadata = _PickledFile, {}
     if weight_map is not None:
         assert index is not None
         _check_index(folder / index, weight_map, contents)
     tensors = {name: info for infos in contents.values() for name, info in infos.items()}
     file_of = {name: files[file] for file, infos in contents.items() for name in infos}
-    return Checkpoint(folder, tensors, file_of, opener)
+    return Checkpoint(folder, tensors, file_of, opener, metadata)
 
 
 def _check_index(index: Path, weight_map: Mapping[str, str], contents: Mapping[str, Mapping[str, TensorInfo]]) -> None:

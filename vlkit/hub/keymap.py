@@ -17,17 +17,20 @@ fills, and a shape that differs are errors, all of them in one grouped report.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vlkit.errors import KeyMismatchError
-from vlkit.hub.report import KeyReport, ShapeMismatch, collapse
+from vlkit.errors import ConfigError, KeyMismatchError
+from vlkit.hub.report import NUMBER, KeyReport, ShapeMismatch, collapse
 from vlkit.hub.rules import Pattern, Rule, drop, rename, reshape, split, stack
 
 __all__ = [
+    "Chosen",
     "KeyMap",
     "KeyReport",
     "Pattern",
@@ -101,6 +104,9 @@ class KeyMap:
 
     def __init__(self, *rules: Rule) -> None:
         self.rules = rules
+        # Names of a checkpoint differ mostly in their numbers; which rules come into question is found once for all that do.
+        self._likely_theirs: dict[str, list[Rule]] = {}
+        self._likely_ours: dict[str, list[Rule]] = {}
 
     def __add__(self, other: KeyMap) -> KeyMap:
         return KeyMap(*self.rules, *other.rules)
@@ -155,7 +161,7 @@ class KeyMap:
     def _assign(self, theirs: Shapes, ours: Shapes | None, report: KeyReport) -> dict[str, _Filling]:
         found: dict[str, _Filling] = {}
         for name in theirs:
-            matches = [(rule, fields) for rule in self.rules if (fields := rule.match_theirs(name)) is not None]
+            matches = self._reading(name)
             if len(matches) > 1:
                 report.ambiguous.append(f"{name} is matched by " + " and by ".join(str(rule) for rule, _ in matches))
             if len(matches) != 1:
@@ -243,12 +249,20 @@ class KeyMap:
             raise KeyMismatchError("names do not fit:\n" + "\n".join(f"  {line}" for line in collapse(problems)[:20]))
         return list(steps.values())
 
+    def _reading(self, name: str) -> list[tuple[Rule, dict[str, str]]]:
+        likely = self._likely_theirs.get(shape := NUMBER.sub("0", name))
+        if likely is None:
+            likely = [rule for rule in self.rules if rule.theirs.may_match(name)]
+            self._likely_theirs[shape] = likely
+        return [(rule, fields) for rule in likely if (fields := rule.match_theirs(name)) is not None]
+
     def _writing(self, name: str) -> list[tuple[Rule, dict[str, str]]]:
-        return [
-            (rule, fields)
-            for rule in self.rules
-            if not rule.read_only and (fields := rule.match_ours(name)) is not None
-        ]
+        likely = self._likely_ours.get(shape := NUMBER.sub("0", name))
+        if likely is None:
+            writing = [rule for rule in self.rules if not rule.read_only]
+            likely = [rule for rule in writing if rule.ours is not None and rule.ours.may_match(name)]
+            self._likely_ours[shape] = likely
+        return [(rule, fields) for rule in likely if (fields := rule.match_ours(name)) is not None]
 
     # Whole state dicts.
 
@@ -271,19 +285,83 @@ class KeyMap:
         return {step.target: step.save(state.__getitem__) for step in steps}
 
 
-def choose_keymap(maps: Sequence[KeyMap], theirs: Shapes, ours: Shapes) -> KeyMap:
-    """The first map under which a checkpoint fits a model; for families that were published in several layouts.
+class Chosen(NamedTuple):
+    """The map that `choose_keymap` chose: its place in the list, the steps of its `plan_load`, and its report."""
+
+    index: int
+    steps: list[Step]
+    report: KeyReport
+
+
+def choose_keymap(
+    maps: Sequence[KeyMap],
+    theirs: Shapes,
+    ours: Shapes,
+    *,
+    strict: bool = True,
+    layout: int | None = None,
+    written: int | None = None,
+) -> Chosen:
+    """The map under which a checkpoint fits a model, for families that were published in several layouts.
+
+    Names and shapes decide. Where they fit two maps that read the same numbers, the first is taken; where the two read
+    different numbers (square matrices that one layout stores transposed) nothing in the file can tell, so that is refused.
+
+    Args:
+        maps: The layouts of a family.
+        theirs: Name -> shape of every tensor of the checkpoint.
+        ours: Name -> shape of every parameter of the model.
+        strict: False takes the nearest map and tolerates missing and unexpected names, never shapes.
+        layout: The index of the map to use, if that is known; the others are then not looked at.
+        written: The index that the files claim; it decides only where names and shapes cannot.
 
     Raises:
-        KeyMismatchError: The report of the map that comes nearest.
+        KeyMismatchError: The report of the nearest map; or two maps fit and mean different things.
+        ConfigError: `layout` is no index of the list.
     """
-    reports = []
-    for keys in maps:
-        report = keys.compare(theirs, ours)[1]
-        if not report.num_problems:
-            return keys
-        reports.append(report)
-    raise KeyMismatchError(str(min(reports, key=lambda report: report.num_problems)))
+    if layout is not None and not (type(layout) is int and 0 <= layout < len(maps)):
+        raise ConfigError(f"layout: expected a number from 0 to {len(maps) - 1}, found {layout!r}")
+    tried = range(len(maps)) if layout is None else (layout,)
+    found = [Chosen(index, *maps[index].compare(theirs, ours)) for index in tried]
+    least = min(chosen.report.num_problems for chosen in found)
+    nearest = [chosen for chosen in found if chosen.report.num_problems == least]
+    best = nearest[0]
+    if least if strict else best.report.mismatched or best.report.ambiguous:
+        which = f"layout {best.index} of {len(maps)} is the nearest: " if len(maps) > 1 and layout is None else ""
+        raise KeyMismatchError(f"{which}{best.report}")
+    for other in nearest[1:]:
+        differ = _differences(best, other, theirs)
+        if differ:
+            claimed = next((chosen for chosen in nearest if chosen.index == written), None)
+            if claimed is not None:
+                return claimed
+            raise KeyMismatchError(
+                f"names and shapes fit layout {best.index} and layout {other.index}, which read "
+                f"{', '.join(collapse(differ)[:5])} differently (square matrices, one of them transposed?); nothing in the "
+                f"file tells which it is: pass layout={best.index} or layout={other.index}"
+            )
+    return best
+
+
+def _differences(one: Chosen, two: Chosen, theirs: Shapes) -> list[str]:
+    """Parameters that two maps fill with different numbers."""
+    others = {step.target: step for step in two.steps}
+    known: dict[tuple[int, int, int, int, tuple[int, ...]], bool] = {}
+
+    def same(a: Step, b: Step) -> bool:
+        if a.sources != b.sources or (a.rule.over is None) != (b.rule.over is None):
+            return False
+        if a.part == b.part and a.rule.cuts_like(b.rule):
+            return True
+        shape = tuple(theirs[a.sources[0]])
+        key = (id(a.rule), a.part, id(b.rule), b.part, shape)
+        if key not in known:  # the functions are anybody's, so the question is put to numbers
+            probe = torch.arange(math.prod(shape)).view(shape)
+            known[key] = torch.equal(a.rule.block(probe, a.part), b.rule.block(probe, b.part))
+        return known[key]
+
+    differ = [step.target for step in one.steps if step.target not in others or not same(step, others[step.target])]
+    return differ + sorted(others.keys() - {step.target for step in one.steps})
 
 
 def _checked_step(

@@ -24,9 +24,10 @@ a router's bias stays in fp32 when the rest is bf16.
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -38,7 +39,7 @@ from vlkit.errors import CheckpointError, KeyMismatchError, NonFiniteWeightsErro
 from vlkit.hub.atomic import check_space, write_folder
 from vlkit.hub.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from vlkit.hub.index import is_weight_file
-from vlkit.hub.keymap import KeyMap, KeyReport, Step, collapse
+from vlkit.hub.keymap import KeyMap, KeyReport, Shapes, Step, choose_keymap, collapse
 from vlkit.hub.repository import resolve
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+LAYOUT = "vlkit_layout"  # entry in the header of the files
 CHECKED_BY_DEFAULT = 10**9  # parameters up to which NaN and infinity are looked for without being asked
 
 
@@ -67,22 +69,25 @@ class LoadReport:
         ignored: Tensors that the key map says to ignore.
         cast: Published name -> its floating type in the files, where that is not the type in the model.
             `save_weights(dtypes=)` takes it to write the published types back.
+        layout: Which of the key maps the checkpoint fits.
     """
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     cast: Mapping[str, torch.dtype] = field(default_factory=dict)
+    layout: int = 0
 
 
 def load_weights(
     model: nn.Module,
     checkpoint: Checkpoint,
-    keys: KeyMap,
+    keys: KeyMap | Sequence[KeyMap],
     *,
     dtype: torch.dtype | Literal["auto"] = "auto",
     device: torch.device | str = "cpu",
     strict: bool = True,
+    layout: int | None = None,
     check_finite: bool | None = None,
     allow_quantized: bool = False,
 ) -> LoadReport:
@@ -92,12 +97,13 @@ def load_weights(
         model: Built on the meta device; its parameters are allocated here. Parameters that already have memory are
             filled in place, and keep their type and device.
         checkpoint: From `open_checkpoint`.
-        keys: Published names <-> the names of this model.
+        keys: Published names <-> the names of this model; or several such layouts, of which the one that fits is taken.
         dtype: Of the parameters; "auto" is the type that most of the checkpoint's numbers have, with a warning if
             others lose precision by it.
         device: Where they are allocated.
         strict: False tolerates missing and unexpected names, never shapes. Missing parameters are drawn anew by their
             module's `reset_parameters`, and a warning lists them.
+        layout: Which of the layouts it is, where names and shapes cannot tell; see `choose_keymap`.
         check_finite: Look for NaN and infinity; by default in models below 10^9 parameters.
         allow_quantized: Allow integers and 8-bit floats to be cast to floats, as bare numbers, without scales.
 
@@ -113,9 +119,14 @@ def load_weights(
     _refuse_hidden_values(model)
     slots = _slots(model)
     ours = {name: tuple(slot.tensor.shape) for name, slot in slots.items()}
-    steps, report = keys.compare(checkpoint.shapes, ours)
-    if report.num_problems if strict else report.mismatched or report.ambiguous:
-        raise KeyMismatchError(f"{checkpoint.folder}: {report}")
+    maps = [keys] if isinstance(keys, KeyMap) else list(keys)
+    written = checkpoint.metadata.get(LAYOUT, "")
+    claimed = int(written) if re.fullmatch("[0-9]{1,3}", written) else None
+    try:
+        found = choose_keymap(maps, checkpoint.shapes, ours, strict=strict, layout=layout, written=claimed)
+    except KeyMismatchError as error:
+        raise KeyMismatchError(f"{checkpoint.folder}: {error}") from None
+    steps, report = found.steps, found.report
     automatic = dtype == "auto"
     if dtype == "auto":
         dtype = _usual_dtype(steps, checkpoint)
@@ -149,14 +160,15 @@ def load_weights(
     checkpoint.close()
     _report(model, checkpoint, report, cast, slots)
     floats = {name: stored for name, stored in cast.items() if _is_plain_float(stored)}
-    return LoadReport(tuple(report.missing), tuple(report.unexpected), tuple(report.ignored), floats)
+    return LoadReport(tuple(report.missing), tuple(report.unexpected), tuple(report.ignored), floats, found.index)
 
 
 def save_weights(
     model: nn.Module | Mapping[str, Tensor],
     folder: Path,
-    keys: KeyMap,
+    keys: KeyMap | Sequence[KeyMap],
     *,
+    layout: int = 0,
     max_shard_size: int | str = "5GB",
     dtypes: Mapping[str, torch.dtype] | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -166,7 +178,8 @@ def save_weights(
     Args:
         model: A model, or its tensors by name.
         folder: An existing folder without weights.
-        keys: Published names <-> the names of this model.
+        keys: Published names <-> the names of this model; or several such layouts.
+        layout: Which of them is written. Where names and shapes would fit another one too, the files say which it is.
         max_shard_size: Bytes of a file, or a text such as "5GB".
         dtypes: Published name -> type to write it in, such as `LoadReport.cast`; others are written as they are.
         metadata: Texts for the headers of the files.
@@ -186,7 +199,9 @@ def save_weights(
     on_meta = [name for name, tensor in state.items() if tensor.is_meta]
     if on_meta:
         raise CheckpointError(f"cannot save parameters without values (on meta): {', '.join(collapse(on_meta)[:10])}")
-    steps = keys.plan_save({name: tensor.shape for name, tensor in state.items()})
+    maps = [keys] if isinstance(keys, KeyMap) else list(keys)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    steps = maps[layout].plan_save(shapes)
     by_name = {step.target: step for step in steps}
     wanted: dict[str, torch.dtype] = {}
     for step in steps:
@@ -201,7 +216,17 @@ def save_weights(
             return by_name[name].save(state.__getitem__).to(wanted[name])
 
     tensors = [(step.target, wanted[step.target], step.shape) for step in steps]
+    if not _is_plain(maps, layout, {name: shape for name, _, shape in tensors}, shapes):
+        metadata = {"format": "pt", **(metadata or {}), LAYOUT: str(layout)}
     return write_checkpoint(folder, tensors, read, max_shard_size=max_shard_size, metadata=metadata)
+
+
+def _is_plain(maps: list[KeyMap], layout: int, theirs: Shapes, ours: Shapes) -> bool:
+    """Whether names and shapes alone tell in which layout something is written."""
+    try:
+        return len(maps) == 1 or choose_keymap(maps, theirs, ours).index == layout
+    except KeyMismatchError:
+        return False
 
 
 class _Slot:

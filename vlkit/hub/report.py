@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole dotted component
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole dotted component
 _FIELD = re.compile(r"\{\w+\}")
 _MAX_LINES = 12
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "base_model.model.", "transformer.")
@@ -21,8 +21,8 @@ def collapse(names: Iterable[str]) -> list[str]:
     """Names with their numbers collapsed: ["a.0.w", "a.1.w", "b"] -> ["a.{0..1}.w (2)", "b"]."""
     groups: dict[str, list[list[int]]] = {}
     for name in names:
-        numbers = [int(number[:18]) for number in _NUMBER.findall(name)]
-        groups.setdefault(_NUMBER.sub("{}", name), []).append(numbers)
+        numbers = [int(number[:18]) for number in NUMBER.findall(name)]
+        groups.setdefault(NUMBER.sub("{}", name), []).append(numbers)
     lines = []
     for shape, rows in groups.items():
         line = shape
@@ -140,7 +140,7 @@ class KeyReport:
 
 def _shapes_of(names: Iterable[str]) -> set[str]:
     """Names without their numbers and fields."""
-    return {_NUMBER.sub("{}", _FIELD.sub("{}", name)) for name in names}
+    return {NUMBER.sub("{}", _FIELD.sub("{}", name)) for name in names}
 
 
 def _limited(lines: list[str]) -> list[str]:
@@ -152,10 +152,10 @@ def _collapse_pairs(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Pairs of names, grouped by the left one; the right one is the first of its group with its numbers left out."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for left, right in pairs:
-        groups.setdefault(_NUMBER.sub("{}", left), []).append((left, right))
+        groups.setdefault(NUMBER.sub("{}", left), []).append((left, right))
     out = []
     for group in groups.values():
-        right = group[0][1] if len(group) == 1 else _NUMBER.sub("N", group[0][1])
+        right = group[0][1] if len(group) == 1 else NUMBER.sub("N", group[0][1])
         out.append((collapse(left for left, _ in group)[0], right))
     return out
 
@@ -171,7 +171,7 @@ def _mismatch_lines(mismatched: Sequence[ShapeMismatch]) -> list[str]:
             text += f" -> {list(m.our_shape)}"
         if m.reason:
             text += f" ({m.reason})"
-        key = (_NUMBER.sub("{}", m.ours), text)
+        key = (NUMBER.sub("{}", m.ours), text)
         groups[key] += 1
         names.setdefault(key, []).append(m.ours)
     return [f"{collapse(names[key])[0]}: {key[1]}" for key in groups]

@@ -54,6 +54,10 @@ class Pattern:
         return tuple(_FIELD.findall(self.text))
 
     @cached_property
+    def _pieces(self) -> tuple[str, ...]:
+        return tuple(_FIELD.split(self.text))  # every second piece is the name of a field
+
+    @cached_property
     def _regex(self) -> re.Pattern[str]:
         out, end = "", 0
         for found in _FIELD.finditer(self.text):
@@ -66,6 +70,20 @@ class Pattern:
             end = found.end()
         return re.compile(out + re.escape(self.text[end:]))
 
+    @cached_property
+    def _regex_of_components(self) -> re.Pattern[str]:
+        def loosened(component: str) -> str:
+            fields = _FIELD.findall(component)
+            if any(name == "path" or "." in "".join(self.words.get(name, ())) for name in fields):
+                return ".+"
+            return r"[^.]+" if fields or component.isdigit() else re.escape(component)
+
+        return re.compile(r"\.".join(map(loosened, self.text.split("."))))
+
+    def may_match(self, name: str) -> bool:
+        """Whether the name, or one that differs from it only in components that are numbers, can fit."""
+        return self._regex_of_components.fullmatch(name) is not None
+
     def match(self, name: str) -> dict[str, str] | None:
         """The value of every field, or None if the name is another one."""
         found = self._regex.fullmatch(name)
@@ -73,7 +91,10 @@ class Pattern:
 
     def format(self, values: Mapping[str, str]) -> str:
         """The name with these values; a field without one stays as it is written."""
-        return _FIELD.sub(lambda found: values.get(found[1], found[0]), self.text)
+        pieces = list(self._pieces)
+        for place, field in enumerate(self.fields):
+            pieces[2 * place + 1] = values.get(field, f"{{{field}}}")
+        return "".join(pieces)
 
     def mounted(self, prefix: str) -> Pattern:
         """The pattern under a prefix."""
@@ -216,6 +237,14 @@ class Rule:
         length, step = tensor.shape[self.dim], sum(self.sizes) * self.groups
         if length % step:
             raise ValueError(f"axis {self.dim} has length {length}, which is not a multiple of {step}")
+
+    def cuts_like(self, other: Rule) -> bool:
+        """Whether the two certainly do the same with the numbers of a tensor."""
+        ours, theirs = (
+            (rule.to_ours, rule.parts and (len(rule.parts), rule.dim, rule.sizes, rule.groups))
+            for rule in (self, other)
+        )
+        return ours == theirs
 
     def mounted(self, theirs: str, ours: str) -> Rule:
         """The rule under a prefix on either side."""

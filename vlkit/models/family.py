@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vlkit.errors import ConfigError
+from vlkit.errors import ConfigError, UnknownFieldWarning
 from vlkit.hub.keymap import KeyMap
 from vlkit.models.vlm import VLMConfig
 from vlkit.processing import ProcessorConfig
@@ -131,4 +131,5 @@ class HubFields:
         }
         rest = sorted(k for k in set(self.values) - self.seen - set(known) - everywhere if not k.startswith("_"))
         if rest:
-            warnings.warn(f"{self.where}: fields without an effect in vlkit: {', '.join(rest)}", stacklevel=2)
+            message = f"{self.where}: fields without an effect in vlkit: {', '.join(rest)}"
+            warnings.warn(message, UnknownFieldWarning, stacklevel=2)

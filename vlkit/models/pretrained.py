@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from vlkit.errors import CheckpointError, ConfigError, KeyMismatchError
+from vlkit.errors import CheckpointError, ConfigError, KeyMismatchError, UnknownFieldWarning
 from vlkit.hub import pretrained as hub
 from vlkit.hub.checkpoint import write_manifest
 from vlkit.hub.keymap import KeyMap, rename
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from vlkit.models.family import Family
 
 OWN_MODEL_TYPE = "vlkit"
+GENERATION = "generation_config.json"
 
 
 def from_pretrained(
@@ -41,6 +43,8 @@ def from_pretrained(
     dtype: torch.dtype | Literal["auto"] = "auto",
     device: torch.device | str = "cpu",
     strict: bool = True,
+    strict_config: bool = False,
+    layout: int | None = None,
     check_finite: bool | None = None,
     allow_pickle: bool = False,
 ) -> VisionLanguageModel:
@@ -54,7 +58,10 @@ def from_pretrained(
         local_files_only: Never ask the Hub.
         dtype: Of the parameters; "auto" is what most of the checkpoint's numbers have. Buffers keep the model's own.
         device: Where the weights go.
-        strict: Every name and shape must fit; False loads what fits and warns of the rest.
+        strict: Every name and shape of the weights must fit; False loads what fits and warns of the rest.
+        strict_config: Refuse fields of config.json that have no effect here, instead of warning of them.
+        layout: Which of the family's published layouts the weights are in, for the rare files that fit two: 0 is the one that
+            the family writes, the others follow in the order of its `other_keys`.
         check_finite: Refuse NaN and infinity; None looks for them in models below a billion parameters.
         allow_pickle: Read `.bin` files if there is nothing else, with torch's weights_only loader.
 
@@ -78,14 +85,22 @@ def from_pretrained(
         local_files_only=local_files_only,
         allow_pickle=allow_pickle,
     )
-    config = read_config(folder)
+    config = read_config(folder, strict=strict_config)
     with on_meta():
         model = VisionLanguageModel(config)
     with hub.open_checkpoint(folder, allow_pickle=allow_pickle) as checkpoint:
         report = hub.load_weights(
-            model, checkpoint, keys_of(config), dtype=dtype, device=device, strict=strict, check_finite=check_finite
+            model,
+            checkpoint,
+            layouts_of(config),
+            dtype=dtype,
+            device=device,
+            strict=strict,
+            layout=layout,
+            check_finite=check_finite,
         )
     _refuse_another_head(model, folder, report.ignored, allow_pickle)
+    model.published_layout = report.layout
     if dtype == "auto":
         model.published_dtypes = dict(report.cast)
     return model.eval()
@@ -116,6 +131,9 @@ def save_pretrained(
 ) -> None:
     """Write config.json and the weights, whole or not at all, in the layout that `model.config.family` names.
 
+    A family that was published in several layouts is written in the one that the model was loaded from. Families also get a
+    generation_config.json with the ids that end an answer, where other tools look for them.
+
     Other files of an existing folder (tokenizer, notes) stay; its older weights go. What is missing from the Hub layout of a
     family, such as the vocabulary, is written by `Processor.save_pretrained` into the same folder.
 
@@ -132,12 +150,22 @@ def save_pretrained(
     written = write_config(model.config)
     dtype = next(model.parameters()).dtype
     written.setdefault("torch_dtype", str(dtype).removeprefix("torch."))
-    text = json.dumps(written, indent=2, allow_nan=False) + "\n"
-    keys = keys_of(model.config)
+    texts = {"config.json": written}
+    if model.config.family is not None and model.config.stop_ids:
+        texts[GENERATION] = {"eos_token_id": list(model.config.stop_ids)}
+    layouts = layouts_of(model.config)
 
     def write(staging: Path) -> None:
-        (staging / "config.json").write_text(text, encoding="utf-8")
-        hub.save_weights(model, staging, keys, max_shard_size=max_shard_size, dtypes=model.published_dtypes)
+        for name, values in texts.items():
+            (staging / name).write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        hub.save_weights(
+            model,
+            staging,
+            layouts,
+            layout=model.published_layout,
+            max_shard_size=max_shard_size,
+            dtypes=model.published_dtypes,
+        )
         if manifest:
             write_manifest(staging)
 
@@ -171,24 +199,52 @@ def push_to_hub(
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))
 
 
-def read_config(folder: Path) -> VLMConfig:
-    """The config of a checkpoint, whatever layout it is in.
+def read_config(folder: Path, *, strict: bool = False) -> VLMConfig:
+    """The config of a checkpoint, whatever layout it is in, with the stop ids that generation_config.json adds.
+
+    Args:
+        folder: Holds config.json.
+        strict: Fields without an effect are an error instead of a warning.
 
     Raises:
-        ConfigError: No family answers to the model_type; the message lists those that are known.
+        ConfigError: No family answers to the model_type; the message lists those that are known. Or what the family's
+            `read_config` raises.
     """
-    values = read_json(safe_file(folder, "config.json"))
+    path = folder / "config.json"
+    values = read_json(safe_file(folder, path.name))
     model_type = values.get("model_type")
     if model_type == OWN_MODEL_TYPE:
-        return _read_own(values, folder / "config.json")
+        return _read_own(values, path)
     for family in families().values():
         if model_type in family.model_types:
-            return family.read_config(values)
-    known = sorted({t for family in families().values() for t in family.model_types} | {OWN_MODEL_TYPE})
-    raise ConfigError(
-        f"{folder / 'config.json'}: model_type {model_type!r} belongs to no registered family; known are {', '.join(known)}. "
-        "A new one is added with vlkit.registry.register_family"
-    )
+            break
+    else:
+        known = sorted({t for family in families().values() for t in family.model_types} | {OWN_MODEL_TYPE})
+        raise ConfigError(
+            f"{path}: model_type {model_type!r} belongs to no registered family; known are {', '.join(known)}. "
+            "A new one is added with vlkit.registry.register_family"
+        )
+    with warnings.catch_warnings():
+        if strict:
+            warnings.simplefilter("error", UnknownFieldWarning)
+        try:
+            config = family.read_config(values)
+        except UnknownFieldWarning as unknown:
+            raise ConfigError(f"{path}: {unknown}; strict_config=False ignores them") from None
+    return _with_stop_ids(config, folder)
+
+
+def _with_stop_ids(config: VLMConfig, folder: Path) -> VLMConfig:
+    """The config, which also stops where the checkpoint's generation_config.json says."""
+    path = folder / GENERATION
+    if not path.exists():
+        return config
+    ends = read_json(safe_file(folder, path.name)).get("eos_token_id")
+    more = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    try:
+        return config.replace(stop_ids=tuple(dict.fromkeys((*config.stop_ids, *more))))
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{path}: eos_token_id {ends!r}: {error}") from error
 
 
 def write_config(config: VLMConfig) -> dict[str, Any]:
@@ -200,7 +256,15 @@ def write_config(config: VLMConfig) -> dict[str, Any]:
 
 def keys_of(config: VLMConfig) -> KeyMap:
     """The published names of a model's weights: the family's, or our own names as they are."""
-    return KeyMap(rename("{path}", "{path}")) if config.family is None else _family(config).keys(config)
+    return layouts_of(config)[0]
+
+
+def layouts_of(config: VLMConfig) -> tuple[KeyMap, ...]:
+    """All layouts in which such a model's weights were published; a new model is written in the first."""
+    if config.family is None:
+        return (KeyMap(rename("{path}", "{path}")),)
+    family = _family(config)
+    return (family.keys(config), *family.other_keys(config))
 
 
 def _family(config: VLMConfig) -> Family:
