@@ -164,7 +164,7 @@ class Layout:
         return Layout.from_grids((t, h // size, w // size) for t, h, w in self.grids)
 
     def frames(self) -> Layout:
-        """The layout in which every time step of an item is an item: (time, rows, columns) becomes `time` items (1, rows, columns).
+        """The layout in which every time step of an item is an item: (t, rows, columns) becomes t items (1, rows, columns).
 
         Raises:
             LayoutError: No grids.

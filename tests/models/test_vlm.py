@@ -29,7 +29,7 @@ def test_adjacent_images_share_a_run(model: VisionLanguageModel) -> None:
     """Two images without text between them: each takes its own part of the run, in order."""
     batch = batch_of(model, [[1, -1, -1, -1, 2]], [(2, 2), (2, 4)])
     with torch.no_grad():
-        embedded = model.embed(batch).tokens
+        embedded = model.embed(batch)[0].tokens
         images = model.encode_images(batch.patches).tokens  # type: ignore[arg-type]
     assert torch.equal(embedded[1:4], images)
 
@@ -100,8 +100,8 @@ def test_pack_names_what_contradicts(model: VisionLanguageModel) -> None:
         model.pack(input_ids=ids, pixel_values=pixels)
     with pytest.raises(LayoutError, match="not both"):
         model.pack(input_ids=ids, pixel_values=pixels, image_grid_hws=grids, image_grid_thw=torch.tensor([[1, 2, 4]]))
-    with pytest.raises(TypeError, match="image_grid_hw"):
-        model.pack(input_ids=ids, image_grid_hw=grids)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="image_grids"):
+        model.pack(input_ids=ids, image_grids=grids)  # type: ignore[call-arg]
 
 
 def test_loss_is_the_mean_over_labelled_tokens(model: VisionLanguageModel) -> None:

@@ -14,17 +14,19 @@ from torch import Tensor
 
 from vlkit.errors import ConfigError, SequenceTooLongError
 from vlkit.generation.sampling import Sampler
+from vlkit.layers.cache import Cache
+from vlkit.llm.output import DecoderOutput
 from vlkit.packing import Batch, Layout, Packed
 
 
 @runtime_checkable
 class Generator(Protocol):
-    """What the loop needs of a model: embeddings of a batch, and a decoder with a cache."""
+    """What the loop needs of a model: a first forward over a batch with its images, and a decoder with a cache."""
 
     llm: Any
 
-    def embed(self, batch: Batch) -> Packed:
-        """Decoder-wide embeddings, image tokens in place."""
+    def decode(self, batch: Batch, *, cache: Cache | None = None) -> DecoderOutput:
+        """Hidden states of a batch, images in place; the cache is filled."""
         ...
 
 
@@ -51,7 +53,7 @@ def generate(
     """Continue every sequence until a stop id or max_new_tokens.
 
     Args:
-        model: A VisionLanguageModel, or anything with `embed` and `llm`.
+        model: A VisionLanguageModel, or anything with `decode` and `llm`.
         batch: Sequences of any lengths; labels are not looked at.
         max_new_tokens: New tokens per sequence at most.
         temperature: 0 is greedy.
@@ -81,21 +83,10 @@ def generate(
     sampler = Sampler(len(lengths), temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     stops = _stop_ids(stop)
 
-    embeddings = model.embed(batch)
-    cache = model.llm.new_cache(
-        len(lengths),
-        max(lengths) + max_new_tokens,
-        dtype=embeddings.tokens.dtype,
-        device=embeddings.tokens.device,
-    )
-    hidden = model.llm(embeddings, positions=batch.positions, cache=cache).hidden
+    weight = model.llm.head_weight
+    cache = model.llm.new_cache(len(lengths), max(lengths) + max_new_tokens, dtype=weight.dtype, device=weight.device)
+    hidden = model.decode(batch, cache=cache).hidden
     last: Tensor = hidden.tokens[hidden.layout.cu_seqlens(hidden.tokens.device)[1:].long() - 1]  # [sequences, dim]
-    # Positions given by hand go on from the highest of their sequence, on every axis alike.
-    following = None
-    if batch.positions is not None:
-        flat = batch.positions.view(len(batch.positions), -1).amax(dim=1)
-        highest = torch.stack([part.max() for part in flat.split(list(lengths))])
-        following = (highest + 1).view(-1, *[1] * (batch.positions.ndim - 1)).expand(-1, *batch.positions.shape[1:])
     for step in range(max_new_tokens):
         ids = sampler(model.llm.head(last), running)
         drawn = ids.tolist()
@@ -108,9 +99,6 @@ def generate(
             cache.select(kept)
             running = [running[row] for row in kept]
             ids = ids[torch.tensor(kept, device=ids.device)]
-        if following is not None:
-            following = following[kept]
         layout = Layout((1,) * len(running))
-        last = model.llm(Packed(model.llm.embed(ids), layout), positions=following, cache=cache).hidden.tokens
-        following = None if following is None else following + 1
+        last = model.llm(Packed(model.llm.embed(ids), layout), cache=cache).hidden.tokens
     return answers

@@ -126,7 +126,11 @@ def create_processor(model: str | VisionLanguageModel) -> Processor:
     for name in list_models():
         if model_spec(name).config == config:
             return _processor_of(model_spec(name))
-    rule = ImageRule(patch_size=config.vision.patch_size, merge_size=config.projector.merge_size)
+    rule = ImageRule(
+        patch_size=config.vision.patch_size,
+        merge_size=config.projector.merge_size,
+        frames_per_patch=getattr(config.vision, "frames_per_patch", 1),
+    )
     processor = Processor(ProcessorConfig(image=rule))
     if processor.image_token_id != config.image_token_id:
         raise ConfigError(
@@ -213,9 +217,11 @@ def _fitted(projector: Part, vision: Config, llm: Config, current: Config | None
                 f"{type(part).__name__} has no {width}; docs/architecture.md says what each kind of part promises"
             )
     widths = {"in_dim": vision.out_dim, "out_dim": llm.dim}  # type: ignore[attr-defined]
-    if isinstance(projector, Mapping):
-        return _part("projector", {**widths, **projector}, current)
-    return _part("projector", projector).replace(**widths)
+    changes = dict(projector) if isinstance(projector, Mapping) else {}
+    base = current if isinstance(projector, Mapping) and current is not None else _part("projector", projector)
+    if hasattr(base, "num_levels"):  # a projector that reads several depths of the tower takes as many as there are
+        widths["num_levels"] = getattr(vision, "num_levels", 1)
+    return base.replace(**{**widths, **changes})
 
 
 def _override(config: VLMConfig, overrides: dict[str, Any]) -> VLMConfig:

@@ -2,6 +2,7 @@
 
     batch.patches -> vision -> projector -> tokens of every image ┐
     batch.ids     -> llm.embed -----------------------------------┴-> merge -> llm -> hidden -> head -> logits
+                     positions (in a line, or in time, row and column) ---------^
 
 It is the only module in this folder: a family is a config, and a table of names.
 """
@@ -9,20 +10,22 @@ It is the only module in this folder: a family is a config, and a table of names
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any, Self
+from functools import cached_property
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from vlkit.config import Config, Count, Size
+from vlkit.config import Config, Count, Positive, Size
 from vlkit.errors import ConfigError, LayoutError, PlaceholderMismatchError
 from vlkit.layers.cache import Cache
 from vlkit.layers.moe import Routing
+from vlkit.llm.output import DecoderOutput, Deep
+from vlkit.models.hub_batch import batch_from_hub
+from vlkit.models.placeholders import PositionRule, grid_positions, placeholder_rows
 from vlkit.objectives import chunked_cross_entropy, next_token_targets
 from vlkit.packing import Batch, Layout, Packed
 from vlkit.registry import KINDS, component, component_of
@@ -36,7 +39,13 @@ class VLMConfig(Config):
         projector: Config of a registered projector; takes the tower's width to the decoder's.
         llm: Config of a registered decoder.
         image_token_id: The id whose embeddings are replaced by image tokens.
+        video_token_id: The same for videos; None if the model has only images.
+        vision_marks: Ids that texts have before and after an image or a video, where the checkpoint's config names them. The
+            model does not read them.
         stop_ids: Ids that end a generated answer.
+        positions: "line" counts the tokens of a sequence; "grid" gives every token a position in time, row and column (M-RoPE),
+            which the decoder must have rope_sections for.
+        ticks_per_second: With "grid", how many positions a second of video takes; None means one per time step.
         family: Name of the Hub layout in which the model is saved; None for vlkit's own.
         loss_chunk: Tokens whose logits exist at once while the loss is computed.
     """
@@ -45,7 +54,11 @@ class VLMConfig(Config):
     projector: Config
     llm: Config
     image_token_id: Count
+    video_token_id: Count | None = None
+    vision_marks: tuple[Count, Count] | None = None
     stop_ids: tuple[Count, ...] = ()
+    positions: Literal["line", "grid"] = "line"
+    ticks_per_second: Positive | None = None
     family: str | None = None
     loss_chunk: Size = 1024
 
@@ -65,7 +78,30 @@ class VLMConfig(Config):
                 f"the projector gives {projector.out_dim} channels but the decoder is {llm.dim} wide; "
                 f"set projector.out_dim={llm.dim}, or let vlkit.compose fit it"
             )
-        for name, ids in (("image_token_id", (self.image_token_id,)), ("stop_ids", self.stop_ids)):
+        levels, taps = getattr(projector, "num_levels", 1), getattr(vision, "num_levels", 1)
+        if levels not in (1, taps):
+            raise ConfigError(
+                f"the projector takes {levels} levels of features side by side but the tower gives {taps}; "
+                f"set projector.num_levels={taps}, or let vlkit.compose fit it"
+            )
+        if levels - 1 > llm.num_layers:
+            raise ConfigError(
+                f"{levels - 1} levels of features are added behind as many layers, but the decoder has {llm.num_layers}"
+            )
+        if self.positions == "grid" and getattr(llm, "rope_sections", None) is None:
+            raise ConfigError(
+                f"positions='grid' needs a decoder with rope_sections, which {type(llm).__name__} has not; "
+                "set them, or positions='line'"
+            )
+        if self.ticks_per_second is not None and self.positions != "grid":
+            raise ConfigError("ticks_per_second has a meaning only with positions='grid'")
+        video = () if self.video_token_id is None else (self.video_token_id,)
+        for name, ids in (
+            ("image_token_id", (self.image_token_id,)),
+            ("video_token_id", video),
+            ("vision_marks", self.vision_marks or ()),
+            ("stop_ids", self.stop_ids),
+        ):
             for token in ids:
                 if token >= llm.vocab_size:
                     raise ConfigError(f"VLMConfig.{name}: {token} lies outside the vocabulary of {llm.vocab_size}")
@@ -137,12 +173,15 @@ class VisionLanguageModel(nn.Module):
     Attributes:
         published_dtypes: Published name -> dtype, of tensors that the checkpoint had in another dtype than the model has, so
             that saving writes them as they were.
+        published_layout: Which of the family's sets of names the checkpoint had, the one that is written being 0; saving
+            writes the same.
     """
 
     def __init__(self, config: VLMConfig) -> None:
         super().__init__()
         self.config = config
         self.published_dtypes: dict[str, torch.dtype] = {}
+        self.published_layout = 0
         # Any: what each kind of part promises is in docs/architecture.md, and held by the contract tests.
         self.vision: Any = component_of(config.vision).module(config.vision)
         self.projector: Any = component_of(config.projector).module(config.projector)
@@ -162,11 +201,7 @@ class VisionLanguageModel(nn.Module):
             PlaceholderMismatchError: Placeholders and image tokens differ in number.
             TokenError: An id outside the vocabulary.
         """
-        if not isinstance(batch, Batch):
-            raise LayoutError(
-                f"a model takes a Batch, found {type(batch).__name__}; a Processor or model.pack makes one"
-            )
-        decoded = self.llm(self.embed(batch), positions=batch.positions, cache=cache)
+        decoded = self.decode(batch, cache=cache)
         loss, count = None, 0
         if batch.labels is not None:
             targets = next_token_targets(batch.labels, batch.ids.layout)
@@ -176,8 +211,19 @@ class VisionLanguageModel(nn.Module):
             loss = total / max(count, 1)
         return Output(decoded.hidden, self.llm.head, loss, count, decoded.routing)
 
+    def decode(self, batch: Batch, *, cache: Cache | None = None) -> DecoderOutput:
+        """Tower, projector and decoder: `forward` without head and loss."""
+        if not isinstance(batch, Batch):
+            raise LayoutError(
+                f"a model takes a Batch, found {type(batch).__name__}; a Processor or model.pack makes one"
+            )
+        embeddings, deep = self.embed(batch)
+        positions = self.positions(batch, cache=cache) if batch.positions is None else batch.positions
+        return self.llm(embeddings, positions=positions, cache=cache, deep=deep)
+
     def encode_images(self, patches: Packed) -> Packed:
-        """Decoder-wide tokens of every image, from flattened patches.
+        """Decoder-wide tokens of every image and video, from flattened patches: [tokens, levels * dim], the level that enters
+        the embeddings first.
 
         Raises:
             LayoutError: Patches of another size than the tower's.
@@ -193,15 +239,15 @@ class VisionLanguageModel(nn.Module):
             features.to(next(self.projector.parameters()).dtype)
         )  # a frozen tower may be in another dtype
 
-    def embed(self, batch: Batch) -> Packed:
-        """Text embeddings with image tokens in place of the placeholders.
+    def embed(self, batch: Batch) -> tuple[Packed, Deep | None]:
+        """Text embeddings with visual tokens in place of the placeholders, and what deeper layers add to those.
 
         A batch without images runs a blank image of the smallest size and takes nothing from it, while gradients are
         recorded: every parameter then has a gradient on every rank, whatever the rank's data.
         """
         ids = batch.ids.tokens
         text = self.llm.embed(ids)  # [tokens, dim]
-        mask = ids == self.config.image_token_id
+        mask = self._is_placeholder(ids)
         if batch.patches is None:
             if bool(mask.any()):
                 where = int(batch.ids.layout.item_ids(ids.device)[mask][0])
@@ -210,10 +256,42 @@ class VisionLanguageModel(nn.Module):
                 )
             if torch.is_grad_enabled() and any(p.requires_grad for p in self._visual_parameters()):
                 text = text + 0 * self.encode_images(self._blank_image(ids.device)).tokens.sum()
-            return batch.ids.with_tokens(text)
+            return batch.ids.with_tokens(text), None
         images = self.encode_images(batch.patches)
         rows = placeholder_rows(mask, batch.ids.layout, images.layout)
-        return batch.ids.with_tokens(text.index_copy(0, rows, images.tokens.to(text.dtype)))
+        first, *rest = images.tokens.to(text.dtype).split(text.shape[1], dim=1)
+        return batch.ids.with_tokens(text.index_copy(0, rows, first)), Deep(rows, tuple(rest)) if rest else None
+
+    def positions(
+        self, batch: Batch, *, cache: Cache | None = None, rule: PositionRule = "original"
+    ) -> Int[Tensor, "tokens 3"] | None:
+        """Position of every token in time, row and column, if the model has those; None leaves them to the decoder.
+
+        Args:
+            batch: Ids, grids and, for videos by the clock, seconds.
+            cache: What came before; positions go on from there.
+            rule: See `vlkit.models.placeholders.grid_positions`.
+        """
+        if self.config.positions == "line" or batch.patches is None:
+            return None  # all axes agree
+        visual = self._visual_layout(batch.patches.layout)
+        mask = self._is_placeholder(batch.ids.tokens)
+        rows = placeholder_rows(mask, batch.ids.layout, visual)[torch.tensor(visual.offsets[:-1])].tolist()
+        ticks = None
+        if self.config.ticks_per_second is not None:
+            if batch.seconds is None and any(t > 1 for t, _, _ in visual.grids or ()):
+                raise LayoutError("the positions of a video follow the clock here: give the batch `seconds`")
+            ticks = [self.config.ticks_per_second * s for s in batch.seconds or (0.0,) * visual.num_items]
+        starts = None if cache is None else cache.next_positions
+        return grid_positions(batch.ids.layout, rows, visual, ticks=ticks, starts=starts, rule=rule).to(mask.device)
+
+    def _is_placeholder(self, ids: Tensor) -> Tensor:
+        mask = ids == self.config.image_token_id
+        return mask if self.config.video_token_id is None else mask | (ids == self.config.video_token_id)
+
+    def _visual_layout(self, patches: Layout) -> Layout:
+        """The layout of the projected tokens."""
+        return Layout.from_grids(self.config.projector.out_grid(grid) for grid in patches.grids or ())  # type: ignore[attr-defined]
 
     def _visual_parameters(self) -> list[nn.Parameter]:
         return [*self.vision.parameters(), *self.projector.parameters()]
@@ -255,54 +333,54 @@ class VisionLanguageModel(nn.Module):
         input_ids: Int[Tensor, "sequences length"],
         attention_mask: Int[Tensor, "sequences length"] | None = None,
         pixel_values: Tensor | None = None,
-        image_grid_hws: Int[Tensor, "images 2"] | None = None,
         image_grid_thw: Int[Tensor, "images 3"] | None = None,
+        image_grid_hws: Int[Tensor, "images 2"] | None = None,
+        image_grid_hw: Int[Tensor, "images 2"] | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Int[Tensor, "videos 3"] | None = None,
+        second_per_grid_ts: Tensor | Sequence[float] | None = None,
+        mm_token_type_ids: Int[Tensor, "sequences length"] | None = None,
+        image_flags: Int[Tensor, "sequences length"] | None = None,
         labels: Int[Tensor, "sequences length"] | None = None,
     ) -> Batch:
-        """A Batch from the padded tensors that a Hub processor emits.
+        """A Batch from the padded tensors that the family's own Hub processor emits.
+
+        The order of patches is the family's: Qwen2-VL and AndesVL list an image block by block, Kimi-VL, and models of no
+        family, row by row.
 
         Args:
             input_ids: Padded on either side.
             attention_mask: 1 for real tokens; None if nothing is padded.
-            pixel_values: Patches of all images in raster order, [patches, channels, P, P] or already flattened.
-            image_grid_hws: (rows, columns) of each image in patches, as Kimi-VL's processor names it.
-            image_grid_thw: (time, rows, columns), as other processors name it.
+            pixel_values: Patches of all images, [patches, channels, P, P] or flattened; or, without grids, whole images
+                [images, channels, height, width].
+            image_grid_thw: (time, rows, columns) of each image in patches.
+            image_grid_hws: (rows, columns), as Kimi-VL's processor names it.
+            image_grid_hw: (rows, columns), as AndesVL names it.
+            pixel_values_videos: As pixel_values, of all videos.
+            video_grid_thw: As image_grid_thw, of all videos.
+            second_per_grid_ts: Seconds between the time steps of each video.
+            mm_token_type_ids: 0 at text, 1 at images, 2 at videos; checked against the ids.
+            image_flags: 1 where an image's tokens stand, whatever the id there.
             labels: Aligned with input_ids; -100 where nothing is to be learnt.
 
         Raises:
             LayoutError: Shapes that contradict each other; the message names the image or the tensor.
+            PlaceholderMismatchError: Token types or image marks that contradict the ids.
         """
-        if input_ids.ndim != 2 or input_ids.is_floating_point():
-            raise LayoutError(
-                f"input_ids must be integers [sequences, length], found {input_ids.dtype} {list(input_ids.shape)}"
-            )
-        for name, sides, count in (("image_grid_hws", image_grid_hws, 2), ("image_grid_thw", image_grid_thw, 3)):
-            if sides is not None and (not isinstance(sides, Tensor) or sides.ndim != 2 or sides.shape[1] != count):
-                found = list(sides.shape) if isinstance(sides, Tensor) else type(sides).__name__
-                raise LayoutError(f"{name} must be a tensor [images, {count}], found {found}")
-        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        for name, tensor in (("attention_mask", keep), ("labels", labels)):
-            if tensor is not None and tensor.shape != input_ids.shape:
-                raise LayoutError(f"{name} is {list(tensor.shape)}, input_ids is {list(input_ids.shape)}")
-        layout = Layout(tuple(keep.sum(1).tolist()))
-        if image_grid_hws is not None and image_grid_thw is not None:
-            raise LayoutError("give image_grid_hws or image_grid_thw, not both")
-        grids = image_grid_hws if image_grid_hws is not None else image_grid_thw
-        if (grids is None) != (pixel_values is None):
-            raise LayoutError("pixel_values and the image grids come together")
-        patches = None
-        if grids is not None and pixel_values is not None:
-            of_images = Layout.from_grids(grids.tolist())
-            if of_images.num_tokens != pixel_values.shape[0]:
-                raise LayoutError(
-                    f"{of_images.num_items} images with grids {of_images.grids} make {of_images.num_tokens} patches, "
-                    f"pixel_values has {pixel_values.shape[0]} rows"
-                )
-            patches = Packed(pixel_values.flatten(1), of_images)
-        return Batch(
-            ids=Packed(input_ids[keep].long(), layout),
-            patches=patches,
-            labels=None if labels is None else labels[keep].long(),
+        return batch_from_hub(
+            self.config,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            image_grid_hws=image_grid_hws,
+            image_grid_hw=image_grid_hw,
+            pixel_values_videos=pixel_values_videos,
+            video_grid_thw=video_grid_thw,
+            second_per_grid_ts=second_per_grid_ts,
+            mm_token_type_ids=mm_token_type_ids,
+            image_flags=image_flags,
+            labels=labels,
         )
 
     @property
@@ -343,46 +421,3 @@ class VisionLanguageModel(nn.Module):
         from vlkit.models.pretrained import push_to_hub
 
         return push_to_hub(self, repo_id, **options)
-
-
-def placeholder_rows(mask: Tensor, text: Layout, images: Layout) -> Int[Tensor, " rows"]:
-    """Where the tokens of every image go, in the order of the images.
-
-    One look at the mask on the host per forward: placeholders are found by id, so that a batch cannot claim others.
-
-    Args:
-        mask: True at placeholders [tokens].
-        text: Layout of the sequences.
-        images: Layout of the projected images.
-
-    Raises:
-        PlaceholderMismatchError: Names the first image whose placeholders are not one run of its length in one sequence.
-    """
-    rows = mask.nonzero().squeeze(1)
-    host = rows.tolist()
-    if len(host) == images.num_tokens:
-        spans = [
-            (host[start], host[start + n - 1], n) for start, n in zip(images.offsets, images.lengths, strict=False)
-        ]
-        item_of = partial(bisect_right, text.offsets)
-        if all(last - first == n - 1 and item_of(first) == item_of(last) for first, last, n in spans):
-            return rows
-    boundaries = set(text.offsets)
-    runs: list[int] = []
-    for previous, row in zip([-2, *host], host, strict=False):
-        if row != previous + 1 or row in boundaries:
-            runs.append(0)
-        runs[-1] += 1
-    for image, tokens in enumerate(images.lengths):
-        found = runs[image] if image < len(runs) else 0
-        if found != tokens:
-            grid = images.grids[image] if images.grids else None
-            raise PlaceholderMismatchError(
-                f"image {image}: the text has {found} placeholders but the image gives {tokens} tokens "
-                f"(grid {grid} after merging; {len(host)} placeholders in {len(runs)} runs for {images.num_items} images "
-                f"with {images.num_tokens} tokens in all). Was the chat rendered with another processor?"
-            )
-    raise PlaceholderMismatchError(
-        f"the text has {len(host)} placeholders in {len(runs)} runs, "
-        f"the {images.num_items} images give {images.num_tokens} tokens"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -38,8 +39,8 @@ def random_batch(
 
     Args:
         model: Decides the vocabulary, the patch size and the dtype.
-        sequences: For each sequence the number of text tokens and its images' grids (rows, columns) in image tokens, after
-            merging. Text is spread before, between and behind the images.
+        sequences: For each sequence the number of text tokens and its images' grids (rows, columns) in blocks of patches that
+            merge to one token. Text is spread before, between and behind the images.
         seed: Of ids and patches.
         labels: Whether to add labels: the ids, with -100 at placeholders.
     """
@@ -50,13 +51,15 @@ def random_batch(
     lengths: list[int] = []
     grids: list[Grid] = []
     for num_text, images in sequences:
-        text = torch.randint(config.llm.vocab_size - 1, (num_text,), generator=generator)  # type: ignore[attr-defined]
-        text += text >= config.image_token_id  # never the placeholder
+        text = torch.randint(config.llm.vocab_size - 2, (num_text,), generator=generator)  # type: ignore[attr-defined]
+        for placeholder in sorted({config.image_token_id, config.video_token_id} - {None}):  # type: ignore[type-var]
+            text += text >= placeholder  # never a placeholder
         parts = list(text.tensor_split(len(images) + 1))
         ids = [parts[0]]
         for (rows, columns), after in zip(images, parts[1:], strict=True):
-            ids += [torch.full((rows * columns,), config.image_token_id), after]
             grids.append((rows * merge, columns * merge))
+            tokens = math.prod(config.projector.out_grid((1, *grids[-1])))  # type: ignore[attr-defined]
+            ids += [torch.full((tokens,), config.image_token_id), after]
         packed_ids.append(torch.cat(ids))
         lengths.append(len(packed_ids[-1]))
     tokens = torch.cat(packed_ids)

@@ -6,6 +6,7 @@ Tolerances: fp64 differs by rounding only; fp32 stays within 1e-6 of the largest
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -231,8 +232,11 @@ def blocks_compile(model: VisionLanguageModel, *, backend: str = "aot_eager") ->
         out = model(batch)
         _assert_close(out.logits.tokens, logits, 50 * TOLERANCE[dtype], "compiled logits")
         got = _gradients(model, out.loss)
-        for name in grads:
-            _assert_close(got[name], grads[name], 1e3 * TOLERANCE[dtype], f"compiled gradient of {name}")
+        # Of the largest gradient: where keys have a bias and no rotary, its own gradient is nothing but rounding.
+        scale = max(float(grad.abs().max()) for grad in grads.values())
+        for name, grad in grads.items():
+            found = float((got[name] - grad).abs().max()) / scale
+            assert found <= 50 * TOLERANCE[dtype], f"compiled gradient of {name}: {found:.2e} of the largest gradient"
     graphs = dynamo.utils.counters["stats"]["unique_graphs"]
     dynamo.reset()
     assert graphs == compiled, f"{graphs} graphs for {compiled} block stacks: something recompiles for another length"
@@ -277,8 +281,8 @@ def placeholders_equal_image_tokens(spec: ModelSpec) -> None:
     assert rule.merge_size == merge
     for height, width in ODD_SIZES:
         grid = rule.target_size(height, width).grid
-        merged = Layout.from_grids([grid]).merged(merge)
-        assert rule.num_tokens(grid) == merged.num_tokens, f"{height}x{width} pixels"
+        tokens = math.prod(spec.config.projector.out_grid((1, *grid)))  # type: ignore[attr-defined]
+        assert rule.num_tokens(grid) == tokens, f"{height}x{width} pixels"
 
 
 def bad_input_is_named(model: VisionLanguageModel) -> None:
@@ -300,7 +304,7 @@ def bad_input_is_named(model: VisionLanguageModel) -> None:
     narrow = random_patches([(merge, merge)], batch.patches.tokens.shape[1] - 1, dtype=batch.patches.tokens.dtype)
     cases: list[tuple[type[VlkitError], str, Batch]] = [
         (PlaceholderMismatchError, "no images", Batch(batch.ids)),
-        (PlaceholderMismatchError, "image 0", Batch(batch.ids, without_first)),
+        (PlaceholderMismatchError, "placeholders", Batch(batch.ids, without_first)),
         (PlaceholderMismatchError, "placeholders", Batch(batch.ids.with_tokens(one_more), batch.patches)),
         (TokenError, str(model.config.llm.vocab_size), Batch(batch.ids.with_tokens(outside), batch.patches)),  # type: ignore[attr-defined]
         (LayoutError, "patches", Batch(batch.ids, narrow)),
