@@ -18,7 +18,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlkit.config import Config, Depth, Positive, Size
-from vlkit.errors import ConfigError
 from vlkit.hub.keymap import KeyMap, rename, reshape, split
 from vlkit.layers.attention import Backend
 from vlkit.layers.mlp import GatedMLP
@@ -29,7 +28,7 @@ from vlkit.layers.rope import Rotary
 from vlkit.layers.self_attention import SelfAttention
 from vlkit.packing import Layout, Packed, Segments
 from vlkit.registry import register_component
-from vlkit.vision.tower import TowerBlock, check_patches, grid_rotary, run_blocks
+from vlkit.vision.tower import TowerBlock, check_heads, check_patches, grid_rotary, run_blocks
 
 
 class AIMv2Config(Config):
@@ -62,11 +61,7 @@ class AIMv2Config(Config):
     norm_eps: Positive = 1e-5
 
     def check(self) -> None:
-        if self.dim % (4 * self.num_heads):
-            raise ConfigError(
-                f"AIMv2Config: dim={self.dim} is not a multiple of 4 * num_heads={4 * self.num_heads}; "
-                "a head shares its channel pairs equally between rows and columns"
-            )
+        check_heads(self)
 
     @property
     def head_dim(self) -> int:

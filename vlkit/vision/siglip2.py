@@ -21,18 +21,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlkit.config import Config, Depth, Positive, Size
-from vlkit.errors import ConfigError
 from vlkit.hub.keymap import KeyMap, rename, reshape
 from vlkit.layers.attention import Backend
 from vlkit.layers.mlp import MLP
 from vlkit.layers.norm import LayerNorm
-from vlkit.layers.patch import PatchEmbed
+from vlkit.layers.patch import PatchEmbed, conv_to_linear, linear_to_conv
 from vlkit.layers.position import PositionTable, list_to_table, table_to_list
 from vlkit.layers.rope import Rotary
 from vlkit.layers.self_attention import SelfAttention
 from vlkit.packing import Layout, Packed, Segments
 from vlkit.registry import register_component
-from vlkit.vision.tower import TowerBlock, check_patches, grid_rotary, run_blocks
+from vlkit.vision.tower import TowerBlock, check_heads, check_patches, grid_rotary, run_blocks
 
 
 class SigLIP2Config(Config):
@@ -67,11 +66,7 @@ class SigLIP2Config(Config):
     norm_eps: Positive = 1e-6
 
     def check(self) -> None:
-        if self.dim % (4 * self.num_heads):
-            raise ConfigError(
-                f"SigLIP2Config: dim={self.dim} is not a multiple of 4 * num_heads={4 * self.num_heads}; "
-                "a head shares its channel pairs equally between rows and columns"
-            )
+        check_heads(self)
 
     @property
     def head_dim(self) -> int:
@@ -157,16 +152,20 @@ class SigLIP2(nn.Module):
         )
 
 
-def keys(patches: str = "proj", positions: str = "pos_embed") -> KeyMap:
+def keys(patches: str = "proj", positions: str = "pos_embed", *, convolution: bool = False) -> KeyMap:
     """Names of the tower; those of AndesVL by default, where they stand under `vision_encoder.vision_model.`
 
     Args:
         patches: What the patch embedding is called under `embeddings.`: other code says "patch_embedding".
         positions: What the table is called there: other code says "position_embedding".
+        convolution: Whether the patch embedding is written as a kernel [dim, channels, rows, columns].
     """
     projections = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out"}
     return KeyMap(
-        rename(f"embeddings.{patches}.{{kind}}", "patch_embed.proj.{kind}"),
+        reshape(f"embeddings.{patches}.weight", "patch_embed.proj.weight", conv_to_linear, linear_to_conv)
+        if convolution
+        else rename(f"embeddings.{patches}.weight", "patch_embed.proj.weight"),
+        rename(f"embeddings.{patches}.bias", "patch_embed.proj.bias"),
         reshape(f"embeddings.{positions}.weight", "positions.table", list_to_table, lambda t: table_to_list(t)[0]),
         rename("encoder.layers.{layer}.layer_norm1.{kind}", "blocks.{layer}.norm1.{kind}"),
         rename("encoder.layers.{layer}.layer_norm2.{kind}", "blocks.{layer}.norm2.{kind}"),
