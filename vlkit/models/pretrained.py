@@ -241,6 +241,9 @@ def _with_stop_ids(config: VLMConfig, folder: Path) -> VLMConfig:
         return config
     ends = read_json(safe_file(folder, path.name)).get("eos_token_id")
     more = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    # transformers writes the default of a class even beside a small vocabulary: such an id never comes.
+    vocab_size: int = config.llm.vocab_size  # type: ignore[attr-defined]
+    more = [end for end in more if not (isinstance(end, int) and end >= vocab_size)]
     try:
         return config.replace(stop_ids=tuple(dict.fromkeys((*config.stop_ids, *more))))
     except (ConfigError, TypeError) as error:
