@@ -76,6 +76,16 @@ def test_select_keeps_the_sequences_that_go_on() -> None:
     assert torch.equal(stored[1, :4], torch.cat([rows_of(layout, 0)[1:4], rows_of(one, 70)[1:]]))
 
 
+def test_it_knows_where_each_sequence_goes_on_and_how_long_its_prompt_was() -> None:
+    cache = Cache(1, 3, 4, ((2,),), dtype=torch.float32)
+    assert (cache.next_positions, cache.prompt_lengths) == ([0, 0, 0], [0, 0, 0])
+    cache.advance(Layout((1, 3, 2)), [7, 3, 2])  # the first sequence was given a high position
+    cache.advance(Layout((2, 1, 1)))
+    assert (cache.lengths, cache.next_positions, cache.prompt_lengths) == ([3, 4, 3], [9, 4, 3], [1, 3, 2])
+    cache.select([2, 0])
+    assert (cache.lengths, cache.next_positions, cache.prompt_lengths) == ([3, 3], [3, 9], [2, 1])
+
+
 def test_another_number_of_sequences_is_refused() -> None:
     cache = Cache(1, 3, 4, ((2,),), dtype=torch.float32)
     with pytest.raises(LayoutError, match=r"3 sequences.*2 items"):

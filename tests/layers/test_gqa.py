@@ -73,6 +73,17 @@ def test_with_cache_is_without() -> None:
         done = {i: done[i] + n for i, n in zip(done, step, strict=True)}
 
 
+def test_query_scale_multiplies_the_queries_of_its_token() -> None:
+    """As if the query projection had been scaled, one token at a time."""
+    module, x, rotary = made()
+    scale = torch.rand(len(x), dtype=torch.float64) + 0.5
+    got = module(x, rotary._replace(query_scale=scale), Layout(LENGTHS))
+    weight = module.q.weight.data
+    for token in (0, 5, 9):
+        module.q.weight.data = scale[token] * weight
+        assert torch.allclose(got[token], module(x, rotary, Layout(LENGTHS))[token], rtol=0, atol=1e-12)
+
+
 def test_a_cache_needs_the_layout_on_the_host() -> None:
     module, x, rotary = made()
     with pytest.raises(LayoutError, match="Segments"):

@@ -17,6 +17,7 @@ from vlkit.layers.rope import (
     rotary_angles,
     rotary_frequencies,
     rotary_frequencies_2d,
+    rotary_sections,
 )
 from vlkit.packing import Layout
 
@@ -155,3 +156,24 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(LayoutError, match="one axis per pair"):
         rotary_angles(torch.zeros(2, 3), torch.ones(4), [0, 1])
     assert isinstance(rotary, Rotary)
+
+
+def test_sections_one_block_after_another() -> None:
+    """Qwen2-VL: 64 pairs; the first 16 follow time, then 24 rows and 24 columns."""
+    axes = rotary_sections((16, 24, 24), interleaved=False)
+    assert axes == (0,) * 16 + (1,) * 24 + (2,) * 24
+    assert rotary_sections((2, 3, 3), interleaved=False) == (0, 0, 1, 1, 1, 2, 2, 2)
+
+
+def test_sections_in_turns() -> None:
+    """Qwen3-VL: pair j < 60 follows rows where j mod 3 is 1, columns where it is 2; all others follow time."""
+    axes = rotary_sections((24, 20, 20), interleaved=True)
+    assert axes[:7] == (0, 1, 2, 0, 1, 2, 0)
+    assert axes[57:] == (0, 1, 2, 0, 0, 0, 0)
+    assert [axes.count(axis) for axis in range(3)] == [24, 20, 20]
+    assert rotary_sections((4, 2, 2), interleaved=True) == (0, 1, 2, 0, 1, 2, 0, 0)
+
+
+def test_sections_that_cannot_take_turns_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"\(2, 3, 3\) cannot be interleaved"):
+        rotary_sections((2, 3, 3), interleaved=True)

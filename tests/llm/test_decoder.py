@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +12,16 @@ import torch
 from vlkit.errors import LayoutError, SequenceTooLongError, TokenError
 from vlkit.llm.decoder import Decoder
 from vlkit.llm.moonlight import build_moonlight
+from vlkit.llm.output import Deep
 from vlkit.llm.qwen3 import build_qwen3
 from vlkit.packing import Layout, Packed
 from vlkit.registry import component
 
-NAMES = ("qwen3-tiny", "qwen3-moe-tiny", "moonlight-tiny")
+NAMES = ("llama-tiny", "qwen-tiny", "qwen2-tiny", "qwen3-tiny", "qwen3-moe-tiny", "moonlight-tiny")
+GRIDS = {
+    "blocks": ("qwen2-tiny", {"rope_sections": (2, 3, 3), "num_layers": 4, "theta": 20.0}),
+    "turns": ("qwen3-moe-tiny", {"rope_sections": (3, 1, 1), "rope_interleaved": True, "num_layers": 4, "theta": 20.0}),
+}
 LENGTHS = (7, 1, 12, 3)
 
 
@@ -31,8 +38,22 @@ def ids_of(model: Decoder, lengths: tuple[int, ...], seed: int = 0) -> torch.Ten
     return torch.randint(model.config.vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
 
 
-def hidden(model: Decoder, ids: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
-    return model(Packed(model.embed(ids), Layout(lengths))).hidden.tokens
+def hidden(model: Decoder, ids: torch.Tensor, lengths: tuple[int, ...], **more: Any) -> torch.Tensor:
+    return model(Packed(model.embed(ids), Layout(lengths)), **more).hidden.tokens
+
+
+def positions_with_images(lengths: tuple[int, ...]) -> torch.Tensor:
+    """(time, row, column) where every sequence is one token of text, an image of 2 x 2 tokens, and text from there on."""
+    start = [(0, 0, 0), (1, 1, 1), (1, 1, 2), (1, 2, 1), (1, 2, 2)]
+    return torch.tensor([place for n in lengths for place in (start + [(3 + i,) * 3 for i in range(n)])[:n]])
+
+
+def deep_features(model: Decoder, num_tokens: int, seed: int = 0) -> Deep:
+    """Three features at every third token; gradients reach them."""
+    rows = torch.arange(seed % 2, num_tokens, 3)
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(3, len(rows), model.config.dim, generator=generator, dtype=torch.float64)
+    return Deep(rows, tuple(features.requires_grad_()))
 
 
 def gradients(model: Decoder, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -104,6 +125,101 @@ def test_checkpointing_changes_no_bit(name: str) -> None:
     assert all(torch.equal(got[key], want[key]) for key in want)
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+def test_equal_coordinates_are_one_coordinate(grid: str) -> None:
+    """Bit for bit, and as a decoder without sections; other rows or columns give something else."""
+    name, changes = GRIDS[grid]
+    model = make(name, **changes)
+    ids = ids_of(model, LENGTHS)
+    line = Layout(LENGTHS).positions()
+    cube = line[:, None].expand(-1, 3)
+    with torch.no_grad():
+        want = hidden(model, ids, LENGTHS)
+        assert torch.equal(hidden(model, ids, LENGTHS, positions=cube), want)
+        assert torch.equal(hidden(make(name, num_layers=4, theta=20.0), ids, LENGTHS), want)
+        for axis in range(3):
+            moved = cube.clone()
+            moved[4, axis] += 1
+            assert not torch.allclose(hidden(model, ids, LENGTHS, positions=moved)[4], want[4], atol=1e-3)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_decoding_after_images_is_one_forward_over_all(grid: str) -> None:
+    """Positions on a grid and deep features in the prefill, then text without any, through select."""
+    name, changes = GRIDS[grid]
+    model = make(name, **changes)
+    ids, positions = ids_of(model, LENGTHS), positions_with_images(LENGTHS)
+    deep = deep_features(model, sum(LENGTHS))
+    first = {0: 5, 2: 6}  # of the sequences of 7 and 12 tokens: their images are in the first 5
+    starts = {0: 0, 2: 8}
+    with torch.no_grad():
+        within = (deep.rows < 5) | ((deep.rows >= 8) & (deep.rows < 13))
+        deep = Deep(deep.rows[within], tuple(features[within] for features in deep.features))
+        want = hidden(model, ids, LENGTHS, positions=positions, deep=deep)
+        taken = torch.cat([torch.arange(starts[i], starts[i] + first[i]) for i in first])
+        rows = torch.tensor([taken.tolist().index(row) for row in deep.rows])
+        cache = model.new_cache(2, 3, dtype=torch.float64)
+        more = {"positions": positions[taken], "deep": Deep(rows, deep.features), "cache": cache}
+        assert torch.allclose(hidden(model, ids[taken], (5, 6), **more), want[taken], rtol=0, atol=1e-11)
+        assert cache.next_positions == [int(positions[starts[i] + first[i] - 1].max()) + 1 for i in first]
+        assert cache.next_positions != cache.lengths
+        step = torch.tensor([5, 6, 8 + 6, 8 + 7, 8 + 8])
+        assert torch.allclose(hidden(model, ids[step], (2, 3), cache=cache), want[step], rtol=0, atol=1e-11)
+        cache.select([1])
+        for row in range(8 + 9, 8 + 12):
+            got = hidden(model, ids[row : row + 1], (1,), cache=cache)
+            assert torch.allclose(got, want[row : row + 1], rtol=0, atol=1e-11)
+    assert cache.prompt_lengths == [6]
+
+
+def test_deep_features_join_the_outputs_of_the_first_layers() -> None:
+    """By definition: each layer's blocks run one by one, with the features added between."""
+    model = make("qwen3-tiny", num_layers=4)
+    ids, deep = ids_of(model, LENGTHS), deep_features(model, sum(LENGTHS))
+    outs = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, result: outs.append((args[0], result[0])))
+    hidden(model, ids, LENGTHS, deep=deep)
+    for layer, ((_, out), (following, _)) in enumerate(itertools.pairwise(outs)):
+        expected = out.clone()
+        if layer < 3:
+            expected[deep.rows] += deep.features[layer]
+        assert torch.equal(following, expected)
+    assert len(outs) == 4
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_checkpointing_with_images_changes_no_bit(grid: str) -> None:
+    name, changes = GRIDS[grid]
+    model = make(name, **changes)
+    ids, deep = ids_of(model, LENGTHS), deep_features(model, sum(LENGTHS))
+    results = []
+    for model.gradient_checkpointing in (False, True):
+        out = hidden(model, ids, LENGTHS, positions=positions_with_images(LENGTHS), deep=deep)
+        loss = model.head(out).square().sum()
+        results.append([out, *torch.autograd.grad(loss, [*deep.features, *model.parameters()])])
+    assert all(torch.equal(plain, again) for plain, again in zip(*results, strict=True))
+    assert all(features.any() for features in results[0][1:4])
+
+
+def test_block_stack_with_images_compiles_once_for_all_lengths() -> None:
+    model = make("qwen2-tiny", rope_sections=(2, 3, 3))
+    eager = copy.deepcopy(model)
+    torch._dynamo.reset()
+    model.forward_blocks = torch.compile(model.forward_blocks, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed, lengths in enumerate([(7, 1, 11), (13, 5), (9, 2, 2, 2, 6)]):
+            ids, deep = ids_of(model, lengths, seed), deep_features(model, sum(lengths), seed)
+            deep = Deep(deep.rows, deep.features[:1])
+            more = {"positions": positions_with_images(lengths), "deep": deep}
+            got, want = hidden(model, ids, lengths, **more), hidden(eager, ids, lengths, **more)
+            assert torch.allclose(got, want, rtol=0, atol=1e-11)
+            ours, theirs = (torch.autograd.grad(each.square().sum(), deep.features) for each in (got, want))
+            for grad, expected in zip(ours, theirs, strict=True):
+                assert (grad - expected).abs().max() <= 1e-11 * expected.abs().max()
+    torch._dynamo.reset()
+
+
 def test_block_stack_compiles_once_for_all_lengths() -> None:
     """With latent attention, an MLP layer and a MoE layer; the contract compiles every registered model."""
     model = make("moonlight-tiny")
@@ -153,7 +269,7 @@ def test_meta_then_empty_then_reset_is_a_fresh_model(name: str) -> None:
     for key, tensor in model.state_dict().items():
         if "norm" in key:
             assert torch.equal(tensor, torch.ones_like(tensor)), key
-        elif key.endswith("router.bias"):
+        elif key.endswith(".bias"):
             assert not tensor.any(), key
         else:
             assert 0.015 < float(tensor.std()) < 0.025, key
@@ -194,8 +310,21 @@ def test_mistakes_are_named() -> None:
         hidden(model, ids_of(model, (2, 7)), (2, 7))
     with pytest.raises(SequenceTooLongError, match=r"0 to 6.*0 to 5"):
         model(Packed(model.embed(ids_of(model, (2,))), Layout((2,))), positions=torch.tensor([0, 6]))
+    two = ids_of(model, (2,))
     with pytest.raises(LayoutError, match="one per token, 2"):
-        model(Packed(model.embed(ids_of(model, (2,))), Layout((2,))), positions=torch.zeros(2, 3))
+        hidden(model, two, (2,), positions=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(LayoutError, match=r"one per token, 2.*rope_sections"):
+        hidden(model, two, (2,), positions=torch.zeros(2, 3, dtype=torch.int64))
+    rows = torch.tensor([0])
+    with pytest.raises(LayoutError, match=r"\(1, 31\).*2 of shape \(1, 32\)"):
+        hidden(model, two, (2,), deep=Deep(rows, (torch.zeros(1, 31),)))
+    with pytest.raises(LayoutError, match="at most 2"):
+        hidden(model, two, (2,), deep=Deep(rows, (torch.zeros(1, 32),) * 3))
+    cache = model.new_cache(1, 6, dtype=torch.float64)
+    with torch.no_grad():
+        hidden(model, two, (2,), positions=torch.tensor([0, 4]), cache=cache)
+        with pytest.raises(SequenceTooLongError, match=r"sequence 0 goes on to position 6.*0 to 5"):
+            hidden(model, two, (2,), cache=cache)
     cache = model.new_cache(1, 6, dtype=torch.float64)
     with torch.no_grad():
         model(Packed(model.embed(ids_of(model, (6,))), Layout((6,))), cache=cache)

@@ -11,22 +11,13 @@ import torch
 
 from tests.assets import asset
 from tests.gguf import read_gguf
+from tests.text_model import TextModel, batch_of
 from vlkit.generation import generate
 from vlkit.llm.decoder import Decoder
 from vlkit.llm.llama import LlamaConfig, build_llama, keys
-from vlkit.packing import Batch, Layout, Packed
+from vlkit.packing import Layout, Packed
 
 tokenizers = pytest.importorskip("tokenizers")
-
-
-class Text:
-    """Text alone: what the decode loop asks of a model."""
-
-    def __init__(self, llm: Decoder) -> None:
-        self.llm = llm
-
-    def decode(self, batch: Batch, *, cache: Any = None) -> Any:
-        return self.llm(batch.ids.with_tokens(self.llm.embed(batch.ids.tokens)), cache=cache)
 
 
 def half_split(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -103,9 +94,8 @@ def test_it_knows_the_capital_of_france(smollm2: tuple[Decoder, Any]) -> None:
     """Two prompts of unequal length in one batch; the answer to one does not depend on the other."""
     model, tokenizer = smollm2
     prompts = [tokenizer.encode(text).ids for text in ("The capital of France is", "One, two, three, four,")]
-    ids = torch.cat([torch.tensor(prompt) for prompt in prompts])
-    batch = Batch(Packed(ids, Layout(tuple(map(len, prompts)))))
-    answers = generate(Text(model), batch, max_new_tokens=2)
+    batch = batch_of([torch.tensor(prompt) for prompt in prompts])
+    answers = generate(TextModel(model), batch, max_new_tokens=2)
     assert [tokenizer.decode(answer) for answer in answers] == [" Paris.", " five,"]
 
 
