@@ -62,7 +62,13 @@ class PatchEmbed(nn.Module):
 
 
 def conv_to_linear(weight: Float[Tensor, "dim channels *kernel"]) -> Float[Tensor, "dim patch_dim"]:
-    """The weight of a patch convolution, over images or clips, as that of `PatchEmbed.proj`."""
+    """The weight of a patch convolution, over images or clips, as that of `PatchEmbed.proj`.
+
+    Raises:
+        ConfigError: A matrix, which is no kernel: how it flattens a patch cannot be known.
+    """
+    if weight.ndim not in (4, 5):
+        raise ConfigError(f"expected a convolution's kernel of 4 or 5 axes, found {list(weight.shape)}")
     return weight.flatten(1)
 
 

@@ -7,6 +7,7 @@ from vlkit.vision.qwen2_5_vit import Qwen25ViT, Qwen25ViTConfig
 from vlkit.vision.qwen2_vit import Qwen2ViT, Qwen2ViTConfig
 from vlkit.vision.qwen3_vit import Qwen3ViT, Qwen3ViTConfig
 from vlkit.vision.siglip2 import SigLIP2, SigLIP2Config
+from vlkit.vision.starting_points import StartingPoint, load_starting_point
 
 __all__ = [
     "AIMv2",
@@ -23,4 +24,6 @@ __all__ = [
     "Qwen25ViTConfig",
     "SigLIP2",
     "SigLIP2Config",
+    "StartingPoint",
+    "load_starting_point",
 ]
