@@ -73,8 +73,13 @@ def test_gradients_reach_everything(name: str) -> None:
     contract.gradients_reach_everything(model_of(name, torch.float32))
 
 
-def test_blocks_compile(name: str) -> None:
-    contract.blocks_compile(model_of(name, torch.float32))
+@pytest.mark.parametrize(
+    ("kind", "part"), [(k, n) for k in ("vision", "llm") for n in vlkit.list_components(k, "*-tiny")]
+)
+def test_blocks_compile(kind: str, part: str) -> None:
+    torch.manual_seed(0)
+    model = vlkit.compose(**{**DEFAULTS, kind: part}, dtype=torch.float32)
+    contract.blocks_compile(model, [kind])
 
 
 def test_config_round_trips(name: str) -> None:

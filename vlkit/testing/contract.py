@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +24,14 @@ if TYPE_CHECKING:
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
 ODD_SIZES = [(1, 1), (27, 29), (300, 200), (480, 640), (13, 190), (897, 897), (1080, 1920), (2160, 3840), (57, 31)]
-Sequences = Sequence[tuple[int, Sequence[tuple[int, int]]]]
+Sequences = Sequence[tuple[int, Sequence[tuple[int, ...]]]]
 SEQUENCES: Sequences = [(5, [(1, 2)]), (3, []), (1, [(2, 3)]), (7, [(3, 1), (1, 1)]), (1, [])]
+VIDEO: Sequences = [(6, [(1, 2), (3, 2, 1)]), (2, [(2, 1, 1)])]
+
+
+def sequences_of(model: VisionLanguageModel) -> Sequences:
+    """What the checks run: images, text alone, and videos where the model has them."""
+    return SEQUENCES if model.config.video_token_id is None else [*SEQUENCES, *VIDEO]
 
 
 def relative_difference(ours: Tensor, theirs: Tensor) -> float:
@@ -51,23 +58,26 @@ def config_round_trips(config: VLMConfig) -> None:
     assert type(config).from_dict(json.loads(text)) == config
 
 
-def splits(batch: Batch, sequences: Sequences = SEQUENCES) -> Iterator[Batch]:
+def splits(batch: Batch, sequences: Sequences) -> Iterator[Batch]:
     """Each sequence of a `random_batch` as a batch of its own."""
     images = list(zip(batch.patches.unpack(), batch.patches.layout.grids or (), strict=True)) if batch.patches else []
     labels = batch.labels.split(list(batch.ids.layout.lengths)) if batch.labels is not None else None
+    seconds = batch.seconds
     taken = 0
     for item, ids in enumerate(batch.ids.unpack()):
         part = images[taken : taken + len(sequences[item][1])]
+        own = seconds[taken : taken + len(part)] if seconds is not None and part else None
         taken += len(part)
         yield Batch(
             ids=Packed(ids, Layout((len(ids),))),
             patches=Packed(torch.cat([p for p, _ in part]), Layout.from_grids([g for _, g in part])) if part else None,
             labels=labels[item] if labels is not None else None,
+            seconds=own,
         )
 
 
 def _batch(model: VisionLanguageModel, seed: int = 0) -> Batch:
-    return random_batch(model, SEQUENCES, seed=seed)
+    return random_batch(model, sequences_of(model), seed=seed)
 
 
 def _gradients(model: VisionLanguageModel, loss: Tensor) -> dict[str, Tensor]:
@@ -84,7 +94,7 @@ def packed_equals_alone(model: VisionLanguageModel) -> None:
     tolerance = TOLERANCE[next(model.parameters()).dtype]
     together = model(batch)
     loss = together.loss * together.num_targets
-    alone = [model(part) for part in splits(batch)]
+    alone = [model(part) for part in splits(batch, sequences_of(model))]
     for item, (ours, theirs) in enumerate(zip(together.unpack(), alone, strict=True)):
         _assert_close(ours, theirs.logits.tokens, tolerance, f"logits of sequence {item}")
     summed = torch.stack([out.loss * out.num_targets for out in alone]).sum()
@@ -102,7 +112,7 @@ def items_are_isolated(model: VisionLanguageModel) -> None:
     batch = _batch(model)
     before = model(batch).unpack()
     for changed in (0, 3):
-        other = random_batch(model, SEQUENCES, seed=1)
+        other = _batch(model, seed=1)
         ids = batch.ids.tokens.clone()
         start, end = batch.ids.layout.offsets[changed], batch.ids.layout.offsets[changed + 1]
         ids[start:end] = other.ids.tokens[start:end]
@@ -112,7 +122,9 @@ def items_are_isolated(model: VisionLanguageModel) -> None:
         patches = list(batch.patches.unpack())
         for image in range(first, first + len(SEQUENCES[changed][1])):
             patches[image] = other.patches.unpack()[image]
-        after = model(Batch(batch.ids.with_tokens(ids), batch.patches.with_tokens(torch.cat(patches)))).unpack()
+        after = model(
+            replace(batch, ids=batch.ids.with_tokens(ids), patches=batch.patches.with_tokens(torch.cat(patches)))
+        ).unpack()
         for item, (a, b) in enumerate(zip(before, after, strict=True)):
             if item == changed:
                 assert not torch.equal(a, b), f"sequence {item} does not look at its own contents"
@@ -125,11 +137,16 @@ def cache_equals_full(model: VisionLanguageModel) -> None:
     """Prefill, then one token at a time from the cache: the logits of one forward over everything."""
     steps = 3
     sequences: Sequences = [(9, [(1, 2)]), (5, []), (4, []), (12, [(3, 1), (1, 1)])]  # all end with `steps` of text
+    if model.config.video_token_id is not None:
+        sequences = [*sequences, (8, [(4, 1, 2)])]
     full = random_batch(model, sequences)
     want = model(full).unpack()
     parts = list(splits(full, sequences))
     prefill = Batch.concat(
-        [Batch(Packed(p.ids.tokens[:-steps], Layout((len(p.ids.tokens) - steps,))), p.patches) for p in parts]
+        [
+            Batch(Packed(p.ids.tokens[:-steps], Layout((len(p.ids.tokens) - steps,))), p.patches, seconds=p.seconds)
+            for p in parts
+        ]
     )
     cache = model.llm.new_cache(
         len(parts), full.ids.layout.max_length, dtype=next(model.parameters()).dtype, device=full.ids.tokens.device
@@ -146,14 +163,14 @@ def cache_equals_full(model: VisionLanguageModel) -> None:
 
 def batch_equals_single(model: VisionLanguageModel) -> None:
     """Greedy answers and sampled ones of a batch are those of its sequences one by one."""
-    batch = random_batch(model, SEQUENCES, labels=False)
+    batch = random_batch(model, sequences_of(model), labels=False)
     together = model.generate(batch, max_new_tokens=6, stop=())
-    alone = [model.generate(part, max_new_tokens=6, stop=())[0] for part in splits(batch)]
+    alone = [model.generate(part, max_new_tokens=6, stop=())[0] for part in splits(batch, sequences_of(model))]
     assert together == alone
     sampled = model.generate(batch, max_new_tokens=6, stop=(), temperature=1.5, top_p=0.9, top_k=50, seed=3)
     singly = [
         model.generate(part, max_new_tokens=6, stop=(), temperature=1.5, top_p=0.9, top_k=50, seed=3 + i)[0]
-        for i, part in enumerate(splits(batch))
+        for i, part in enumerate(splits(batch, sequences_of(model)))
     ]
     assert sampled == singly
     stop = {together[0][2]}
@@ -199,7 +216,7 @@ def same_seed_same_bits(config: VLMConfig) -> None:
 
 def gradients_reach_everything(model: VisionLanguageModel) -> None:
     """Every trainable parameter has a finite gradient, with images and without any; with images none is zero."""
-    for sequences in (SEQUENCES, [(6, []), (2, [])]):
+    for sequences in (sequences_of(model), [(6, []), (2, [])]):
         batch = random_batch(model, sequences)
         grads = _gradients(model, model(batch).loss)
         for name, grad in grads.items():
@@ -209,8 +226,10 @@ def gradients_reach_everything(model: VisionLanguageModel) -> None:
             assert not zero, f"gradients that are zero everywhere: {zero}"
 
 
-def blocks_compile(model: VisionLanguageModel, *, backend: str = "aot_eager") -> None:
-    """The block stacks of tower and decoder compile as one graph, and other lengths reuse it; results stay equal."""
+def blocks_compile(
+    model: VisionLanguageModel, parts: Sequence[str] = ("vision", "llm"), *, backend: str = "aot_eager"
+) -> None:
+    """The block stacks of these parts compile as one graph each, and other lengths reuse it; results stay equal."""
     import torch._dynamo as dynamo
 
     model = copy.deepcopy(model)
@@ -224,10 +243,8 @@ def blocks_compile(model: VisionLanguageModel, *, backend: str = "aot_eager") ->
     want = [(model(b).logits.tokens, _gradients(model, model(b).loss)) for b in batches]
     dynamo.reset()
     dynamo.utils.counters.clear()
-    compiled = 0
-    for part in (model.vision, model.llm):
+    for part in (getattr(model, name) for name in parts):
         part.forward_blocks = torch.compile(part.forward_blocks, fullgraph=True, dynamic=True, backend=backend)
-        compiled += 1
     for batch, (logits, grads) in zip(batches, want, strict=True):
         out = model(batch)
         _assert_close(out.logits.tokens, logits, 50 * TOLERANCE[dtype], "compiled logits")
@@ -239,7 +256,9 @@ def blocks_compile(model: VisionLanguageModel, *, backend: str = "aot_eager") ->
             assert found <= 50 * TOLERANCE[dtype], f"compiled gradient of {name}: {found:.2e} of the largest gradient"
     graphs = dynamo.utils.counters["stats"]["unique_graphs"]
     dynamo.reset()
-    assert graphs == compiled, f"{graphs} graphs for {compiled} block stacks: something recompiles for another length"
+    assert graphs == len(parts), (
+        f"{graphs} graphs for {len(parts)} block stacks: something recompiles for another length"
+    )
 
 
 def saves_and_loads_the_same_bits(model: VisionLanguageModel, folder: Path) -> None:
@@ -305,8 +324,8 @@ def bad_input_is_named(model: VisionLanguageModel) -> None:
     cases: list[tuple[type[VlkitError], str, Batch]] = [
         (PlaceholderMismatchError, "no images", Batch(batch.ids)),
         (PlaceholderMismatchError, "placeholders", Batch(batch.ids, without_first)),
-        (PlaceholderMismatchError, "placeholders", Batch(batch.ids.with_tokens(one_more), batch.patches)),
-        (TokenError, str(model.config.llm.vocab_size), Batch(batch.ids.with_tokens(outside), batch.patches)),  # type: ignore[attr-defined]
+        (PlaceholderMismatchError, "placeholders", replace(batch, ids=batch.ids.with_tokens(one_more))),
+        (TokenError, str(model.config.llm.vocab_size), replace(batch, ids=batch.ids.with_tokens(outside))),  # type: ignore[attr-defined]
         (LayoutError, "patches", Batch(batch.ids, narrow)),
     ]
     if merge > 1:
