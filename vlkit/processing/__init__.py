@@ -17,3 +17,7 @@ from vlkit.processing.tiktoken_tokenizer import TiktokenTokenizer as TiktokenTok
 from vlkit.processing.tokenizer import ByteTokenizer as ByteTokenizer
 from vlkit.processing.tokenizer import Tokenizer as Tokenizer
 from vlkit.processing.tokenizer import load_tokenizer as load_tokenizer
+from vlkit.processing.video import PackedVideo as PackedVideo
+from vlkit.processing.video import pack_video as pack_video
+from vlkit.processing.video_rule import Samples as Samples
+from vlkit.processing.video_rule import VideoRule as VideoRule

@@ -55,11 +55,11 @@ def pack_images(images: Sequence[Any], rule: ImageRule | None = None, reading: R
     layout = Layout.from_grids(plan.grid for plan in plans)
     patches = torch.empty(layout.num_tokens, rule.patch_dim)
     for image, plan, out in zip(read, plans, patches.split(list(layout.lengths)), strict=True):
-        _write_patches(_canvas(image, plan, rule), plan, rule, out)
+        write_patches([on_canvas(image, plan, rule)], plan, rule, out)
     return Packed(patches, layout)
 
 
-def _canvas(image: Image.Image, plan: ResizePlan, rule: ImageRule) -> np.ndarray:
+def on_canvas(image: Image.Image, plan: ResizePlan, rule: ImageRule) -> np.ndarray:
     """The resized image on its canvas, uint8 [H, W, 3]."""
     if plan.resized != (image.height, image.width):
         image = image.resize(plan.resized[::-1], _FILTERS[rule.resample])
@@ -73,19 +73,23 @@ def _canvas(image: Image.Image, plan: ResizePlan, rule: ImageRule) -> np.ndarray
     return canvas
 
 
-def _write_patches(canvas: np.ndarray, plan: ResizePlan, rule: ImageRule, out: Tensor) -> None:
-    """Write the normalised patches of a canvas into `out` [patches, 3 * T * P * P].
+def write_patches(frames: Sequence[np.ndarray], plan: ResizePlan, rule: ImageRule, out: Tensor) -> None:
+    """Write the normalised patches of one time step into `out` [patches, 3 * T * P * P].
 
     The same reshape as `vlkit.layers.patch.patchify`, done while bytes become floats so that the pixels are moved once.
+
+    Args:
+        frames: Canvases of up to T frames; the last one stands for those that are missing.
     """
     size = rule.patch_size
-    view = rearrange(torch.from_numpy(canvas), "(rows p) (cols q) c -> rows cols c p q", p=size, q=size)
-    frames = out.view(*plan.grid, 3, rule.frames_per_patch, size, size)
-    target = frames[:, :, :, 0]
-    # In the published order (divide, subtract, divide), so that the values are theirs to the last bit.
-    torch.div(view, 255.0, out=target)
-    target.sub_(_per_channel(rule.mean)).div_(_per_channel(rule.std))
-    frames[:, :, :, 1:] = target.unsqueeze(3)
+    target = out.view(*plan.grid, 3, rule.frames_per_patch, size, size)
+    for time, canvas in enumerate(frames):
+        view = rearrange(torch.from_numpy(canvas), "(rows p) (cols q) c -> rows cols c p q", p=size, q=size)
+        # In the published order (divide, subtract, divide), so that the values are theirs to the last bit.
+        frame = target[:, :, :, time]
+        torch.div(view, 255.0, out=frame)
+        frame.sub_(_per_channel(rule.mean)).div_(_per_channel(rule.std))
+    target[:, :, :, len(frames) :] = target[:, :, :, len(frames) - 1 : len(frames)]
 
 
 def _per_channel(values: tuple[float, float, float]) -> Tensor:

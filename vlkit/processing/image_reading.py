@@ -66,7 +66,7 @@ def read_image(source: Any, rule: ReadRule | None = None, *, name: str = "image"
         except (OSError, ValueError) as error:
             raise ImageError(f"{name}: cannot be read: {error}") from error
     if isinstance(source, (bytes, bytearray, memoryview)):
-        source = _open(bytes(source), rule, name)
+        source = open_image(bytes(source), rule, name)
     if isinstance(source, Image.Image):
         return _from_pil(source, rule, name)
     if isinstance(source, torch.Tensor):
@@ -80,7 +80,12 @@ def read_image(source: Any, rule: ReadRule | None = None, *, name: str = "image"
     )
 
 
-def _open(content: bytes, rule: ReadRule, name: str) -> Image.Image:
+def open_image(content: bytes, rule: ReadRule, name: str) -> Image.Image:
+    """The image in the bytes of a file, not yet decoded.
+
+    Raises:
+        ImageError: It is none, or of a format that is not allowed.
+    """
     if not content:
         raise ImageError(f"{name}: the file is empty")
     if content.startswith(b"version https://git-lfs"):
