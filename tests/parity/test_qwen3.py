@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.parity.decoders import assert_same_gradients, hub_sizes, randomise
 from vlkit.llm.qwen3 import Qwen3Config, build_qwen3, keys
 from vlkit.packing import Layout, Packed
 
@@ -16,28 +17,15 @@ LENGTHS = (5, 1, 17, 3)
 def reference(config: Qwen3Config) -> torch.nn.Module:
     theirs = transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.dim,
-            intermediate_size=config.mlp_dim,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
+            **hub_sizes(config),
             head_dim=config.head_dim,
-            max_position_embeddings=config.max_positions,
-            rms_norm_eps=config.norm_eps,
             tie_word_embeddings=config.tied,
             rope_theta=config.theta,
             rope_scaling=None,
             attention_bias=config.qkv_bias,
-            attn_implementation="eager",
         )
-    ).eval()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.2 * noise)
-    return theirs
+    )
+    return randomise(theirs)
 
 
 def odd_config(**changes: object) -> Qwen3Config:
@@ -58,11 +46,10 @@ def test_packed_logits_and_gradients_are_those_of_the_reference_one_by_one(tied:
     want = torch.cat([theirs(part[None]).logits[0] for part in ids.split(LENGTHS)])
     assert (logits - want).abs().max() <= 1e-5 * want.abs().max()  # fp32, 3 layers: largest seen 1e-6
 
-    logits.square().sum().backward()
-    want.square().sum().backward()
-    grads = keys(config).to_ours({name: p.grad for name, p in theirs.named_parameters()})
-    for name, parameter in ours.named_parameters():
-        assert (parameter.grad - grads[name]).abs().max() <= 2e-5 * grads[name].abs().max(), name
+    def names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return published(state, config)
+
+    assert_same_gradients(ours, logits.square().sum(), theirs, want.square().sum(), keys(config), names)
 
 
 def published(state: dict[str, torch.Tensor], config: Qwen3Config) -> dict[str, torch.Tensor]:
