@@ -278,9 +278,9 @@ class Batch:
             items = 0 if self.patches is None else self.patches.layout.num_items
             if len(self.seconds) != items:
                 raise LayoutError(f"seconds has {len(self.seconds)} entries for {items} images and videos")
-            for item, value in enumerate(self.seconds):
-                if not 0 <= value < math.inf:
-                    raise LayoutError(f"item {item}: {value} seconds between its time steps; expected 0 or more")
+            for item, step in enumerate(self.seconds):
+                if not 0 <= step < math.inf:
+                    raise LayoutError(f"item {item}: {step} seconds between its time steps; expected 0 or more")
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on a device."""

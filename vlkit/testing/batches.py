@@ -61,8 +61,8 @@ def random_batch(
         for grid, after in zip(images, parts[1:], strict=True):
             time, rows, columns = grid if len(grid) == 3 else (1, *grid)
             grids.append((time, rows * merge, columns * merge))
-            tokens = math.prod(config.projector.out_grid(grids[-1]))  # type: ignore[attr-defined]
-            ids += [torch.full((tokens,), video if time > 1 and video is not None else image), after]
+            length = math.prod(config.projector.out_grid(grids[-1]))  # type: ignore[attr-defined]
+            ids += [torch.full((length,), video if time > 1 and video is not None else image), after]
         packed_ids.append(torch.cat(ids))
         lengths.append(len(packed_ids[-1]))
     tokens = torch.cat(packed_ids)
