@@ -118,16 +118,17 @@ def read_config(hub: Mapping[str, Any]) -> VLMConfig:
     )
     start = visual.take("image_start_id")
     visual.take("image_size", None)  # of the processor: the tower takes any size
-    end = top.take("eos_token_id", STOPS[-1])
+    end = top.take("eos_token_id", None)
     top.warn_of_rest(*ENTRIES_WITHOUT_EFFECT)
     visual.warn_of_rest()
-    # One id in the file, or none, means the published vocabulary and its format of turns; a list says all of them.
+    # The published file leaves out what ends a turn; a list says all of it, and so does the file of another vocabulary.
+    stops = STOPS if start == IMAGE_START else () if end is None else (end,)
     return VLMConfig(
         vision=tower,
         projector=projector,
         llm=decoder,
         image_token_id=start + 2,
-        stop_ids=tuple(end) if isinstance(end, list) else STOPS,
+        stop_ids=tuple(end) if isinstance(end, list) else stops,
         family="qwen-vl",
     )
 
@@ -192,7 +193,7 @@ def write_config(config: VLMConfig) -> dict[str, Any]:
             **queries,
         },
     }
-    if config.stop_ids != STOPS:
+    if config.stop_ids != STOPS or config.image_token_id != IMAGE_START + 2:
         written["eos_token_id"] = list(config.stop_ids)
     if config.image_token_id < 2 or llm.num_heads * llm.head_dim != llm.dim or read_config(written) != config:
         raise ConfigError(

@@ -7,7 +7,7 @@ There is no residual and no MLP. Positions are fixed sines and cosines on a grid
 to the grid of their own image, so images of any size and shape go through.
 
 Source: Qwen-VL, arXiv:2308.12966, section 2.1; constants from the published code of Qwen/Qwen-VL-Chat.
-Matches: an independent version of the published code's equations, to 2e-6 relative in fp32.
+Matches: an independent version of the published code's equations, to 1e-6 relative in fp32.
 """
 
 from __future__ import annotations

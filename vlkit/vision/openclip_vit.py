@@ -7,7 +7,7 @@ alone. The norm behind the last block belongs to the resampler that Qwen-VL puts
 
 Source: Qwen-VL, arXiv:2308.12966, section 2.1; constants from the published code of Qwen/Qwen-VL-Chat.
 Matches: the published code's visual tower with the same weights, to 1e-4 at outputs of up to 20, and an independent
-version of its equations to 2e-6 relative; fp32.
+version of its equations to 1e-6 relative; fp32.
 """
 
 from __future__ import annotations
