@@ -66,6 +66,14 @@ def test_what_cannot_fit_is_refused_before_work(model: vlkit.VisionLanguageModel
         model.generate(batch, max_new_tokens=0)
 
 
+def test_positions_that_cannot_go_on_are_refused(model: vlkit.VisionLanguageModel) -> None:
+    batch = random_batch(model, [(4, []), (3, [])], labels=False)
+    far = Batch(batch.ids, positions=torch.tensor([0, 1, 2, 3, 4090, 4091, 4092]))
+    assert len(model.generate(far, max_new_tokens=3, stop=())[1]) == 3
+    with pytest.raises(SequenceTooLongError, match="sequence 1 goes on at position 4093, and 4 new tokens"):
+        model.generate(far, max_new_tokens=4)
+
+
 def test_generation_leaves_no_gradients_and_no_mode(model: vlkit.VisionLanguageModel) -> None:
     model.train()
     model.generate(random_batch(model, [(3, [])], labels=False), max_new_tokens=2)

@@ -290,6 +290,18 @@ def test_published_moonlight_has_the_published_parameter_counts() -> None:
     assert total - model.inactive_parameters() == 2_914_776_192
 
 
+def test_latent_cache_is_a_ninth_of_keys_and_values() -> None:
+    """At Kimi-VL's sizes: 512 + 64 numbers per token and layer, where 16 heads would keep 16 x (192 + 128)."""
+    config = component("llm", "moonlight").configs["moonlight-kimi-vl"]
+    with torch.device("meta"):
+        model = build_moonlight(config)
+    cache = model.new_cache(2, 4096, dtype=torch.bfloat16, device="meta")
+    per_token = cache.num_bytes / (2 * 4096)
+    assert per_token == 27 * (512 + 64) * 2 == 31_104
+    expanded = 27 * 2 * sum(config.num_heads * n for n in (config.nope_dim + config.rope_dim, config.value_dim))
+    assert per_token <= expanded / 8
+
+
 def test_published_configs_differ_where_they_should() -> None:
     configs = component("llm", "moonlight").configs
     assert configs["moonlight"] == configs["moonlight-16b-a3b"]

@@ -18,6 +18,7 @@ from vlkit.llm.output import Deep
 from vlkit.llm.qwen2 import Qwen2Config
 from vlkit.llm.qwen3 import Qwen3Config
 from vlkit.packing import Layout, Packed
+from vlkit.registry import component
 
 transformers = pytest.importorskip("transformers")
 
@@ -192,8 +193,6 @@ def test_decoding_after_images_is_the_reference_over_everything(name: str) -> No
     ],
 )
 def test_published_sizes_have_the_published_parameter_counts(name: str, count: int) -> None:
-    from vlkit.registry import component
-
     part = component("llm", name)
     with torch.device("meta"):
         assert sum(p.numel() for p in part.module(part.configs[name]).parameters()) == count

@@ -2,5 +2,6 @@
 
 from vlkit.generation.decode import generate
 from vlkit.generation.sampling import Sampler
+from vlkit.generation.settings import GenerationSettings, read_generation_settings
 
-__all__ = ["Sampler", "generate"]
+__all__ = ["GenerationSettings", "Sampler", "generate", "read_generation_settings"]

@@ -87,6 +87,12 @@ def generate(
     cache = model.llm.new_cache(len(lengths), max(lengths) + max_new_tokens, dtype=weight.dtype, device=weight.device)
     hidden = model.decode(batch, cache=cache).hidden
     last: Tensor = hidden.tokens[hidden.layout.cu_seqlens(hidden.tokens.device)[1:].long() - 1]  # [sequences, dim]
+    furthest = max(cache.next_positions)
+    if furthest + max_new_tokens > limit:  # positions that were given, or count time
+        raise SequenceTooLongError(
+            f"sequence {cache.next_positions.index(furthest)} goes on at position {furthest}, and {max_new_tokens} new "
+            f"tokens pass the decoder's {limit} positions; ask for fewer new tokens"
+        )
     for step in range(max_new_tokens):
         ids = sampler(model.llm.head(last), running)
         drawn = ids.tolist()
