@@ -130,7 +130,7 @@ def component(kind: str, name: str) -> Component:
     if kind not in KINDS:
         raise UnknownModelError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
     if (kind, name) not in _components:
-        raise _unknown(
+        raise unknown_name(
             f"{kind} component", name, [n for k, n in _components if k == kind], "vlkit.registry.register_component"
         )
     return _components[kind, name]
@@ -159,7 +159,7 @@ def model_spec(name: str) -> Any:
     """
     load_plugins()
     if name not in _models:
-        raise _unknown("model", name, _models, "vlkit.registry.register_model")
+        raise unknown_name("model", name, _models, "vlkit.registry.register_model")
     return _models[name]()
 
 
@@ -183,7 +183,8 @@ def list_components(kind: str, pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter([n for k, n in _components if k == kind], pattern))
 
 
-def _unknown(what: str, name: str, known: Iterable[str], register: str) -> UnknownModelError:
+def unknown_name(what: str, name: str, known: Iterable[str], register: str) -> UnknownModelError:
+    """The error for a name that nothing has: with the three nearest, and how to add one."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.3) or known[:3]
     return UnknownModelError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -39,6 +40,7 @@ class Repository:
     Attributes:
         gated: Status and error code that every request without the token gets.
         short: Bytes that are missing at the end of what is sent.
+        drops: How often the connection breaks in the middle of a shard.
     """
 
     commits: dict[str, dict[str, bytes]]
@@ -46,6 +48,7 @@ class Repository:
     gated: tuple[int, str] | None = None
     token: str = "secret"
     short: int = 0
+    drops: int = 0
 
 
 @dataclass
@@ -104,9 +107,18 @@ def serve(**repositories: Repository) -> Iterator[Hub]:
                 self.send_header(key, value)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            if body:
+            if body and path.endswith(".safetensors") and self.breaks(path):
+                self.wfile.write(data[: len(data) // 2])
+                self.close_connection = True
+            elif body:
                 self.wfile.write(data)
             hub.after(path)
+
+        def breaks(self, path: str) -> bool:
+            """Whether the connection breaks here; counts down."""
+            repository = hub.repositories["/".join(path.strip("/").split("/")[:2])]
+            repository.drops -= 1
+            return repository.drops >= 0
 
         def found(self, path: str) -> tuple[int, dict[str, str], bytes]:
             """Status, headers and body."""
@@ -135,7 +147,14 @@ def serve(**repositories: Repository) -> Iterator[Hub]:
             if data is None:
                 return 404, {"X-Error-Code": "EntryNotFound"}, b""
             headers = {"X-Repo-Commit": commit, "ETag": f'"{etag(data)}"', "X-Linked-Size": str(len(data))}
-            return 200, headers, data[: len(data) - repository.short]
+            whole = len(data)
+            data = data[: whole - repository.short]
+            span = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            if span is None:
+                return 200, headers, data
+            start = int(span[1])
+            hub.requests.append(f"{path} from byte {start}")
+            return 206, headers | {"Content-Range": f"bytes {start}-{whole - 1}/{whole}"}, data[start:]
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"

@@ -123,6 +123,27 @@ def test_a_disk_that_fills_up_keeps_the_old_folder(tmp_path: Path, number: int) 
     assert os.listdir(tmp_path) == ["model"]
 
 
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_reader_during_a_save_sees_the_old_folder_or_the_new_one(
+    tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files opened before the exchange stay the old ones; a folder read at once after it is wholly new."""
+    if not exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
+    target = tmp_path / "model"
+    write_folder(target, put(one="old", two="old"))
+
+    def write(folder: Path) -> None:
+        put(one="new")(folder)
+        assert contents(target) == {"one": "old", "two": "old"}  # in the middle of the save
+        put(two="new")(folder)
+
+    with (target / "one").open() as before:
+        write_folder(target, write, replaces=lambda name: True)
+        assert before.read() == "old"
+    assert contents(target) == {"one": "new", "two": "new"}
+
+
 def test_a_killed_save_leaves_the_old_folder_whole(tmp_path: Path) -> None:
     target = tmp_path / "model"
     write_folder(target, put(config_json="old"))

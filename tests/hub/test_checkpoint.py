@@ -309,6 +309,16 @@ def test_code_in_a_pickle_never_runs(tmp_path: Path, legacy: bool) -> None:
     assert not canary.exists()
 
 
+@pytest.mark.parametrize("allow_pickle", [False, True])
+def test_a_distributed_checkpoint_is_named_and_its_pickle_never_read(tmp_path: Path, allow_pickle: bool) -> None:
+    canary = tmp_path / "canary"
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Canary(canary)))
+    (tmp_path / "__0_0.distcp").write_bytes(b"PK\x03\x04")
+
+    assert "a distributed checkpoint of torch" in refusal(tmp_path, allow_pickle=allow_pickle)
+    assert not canary.exists()
+
+
 @pytest.mark.parametrize("state", [[torch.zeros(1)], {"a": 3}, torch.zeros(1)])
 def test_a_pickle_of_something_else_is_refused(tmp_path: Path, state: object) -> None:
     torch.save(state, tmp_path / "pytorch_model.bin")

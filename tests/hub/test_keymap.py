@@ -295,6 +295,14 @@ def test_a_hole_in_a_stack_names_the_missing_rows() -> None:
     assert "blocks.1.up <- l.1.e.{1..2}.up (2)" in report_of(theirs, wanted())
 
 
+def test_an_absurd_number_of_rows_is_reported_in_no_time() -> None:
+    """The report names the first; it never lists what a hostile config asks for."""
+    keys = KeyMap(stack("e.{expert}", "experts"))
+
+    with pytest.raises(KeyMismatchError, match=r"experts <- e\.\{2\.\.1001\} \(1000\), and on to row 1099511627775"):
+        keys.plan_load({"e.0": (2,), "e.1": (2,)}, {"experts": (2**40, 2)})
+
+
 def test_more_experts_than_the_model_has_are_unexpected() -> None:
     assert "l.{0..2}.e.{4..5}.up (6)" in report_of(published(num_experts=6), wanted())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def values(folder: str) -> set[float]:
 
 
 MODEL = {"repo_or_folder": "lab/model"}
+IMPATIENT = "import time; time.sleep = lambda seconds: None"
+SMALL_CHUNKS = "import huggingface_hub.constants as settings; settings.DOWNLOAD_CHUNK_SIZE = 16"  # bytes kept at once
 
 
 def test_a_repository_is_fetched_once_and_then_found_offline(tmp_path: Path) -> None:
@@ -86,13 +89,16 @@ def test_all_files_are_of_one_commit_though_the_branch_moves(tmp_path: Path) -> 
     assert values(later["folder"]) == {2.0}
 
 
-def test_a_branch_or_a_commit_can_be_named(tmp_path: Path) -> None:
-    with serve(model=repository(tmp_path)) as hub:
-        branch, commit, nowhere = hub.fetch(
-            tmp_path / "home", *(MODEL | {"revision": revision} for revision in ("next", FIRST, "nowhere"))
+def test_a_branch_a_tag_or_a_commit_can_be_named(tmp_path: Path) -> None:
+    published = repository(tmp_path)
+    published.branches["refs/pr/1"] = published.branches["v1.0"] = SECOND  # tags and branches are asked for alike
+    with serve(model=published) as hub:
+        branch, tag, commit, nowhere = hub.fetch(
+            tmp_path / "home", *(MODEL | {"revision": revision} for revision in ("next", "v1.0", FIRST, "nowhere"))
         )
 
     assert values(branch["folder"]) == {2.0}
+    assert tag == branch
     assert values(commit["folder"]) == {1.0}
     assert "RevisionNotFoundError" in nowhere["error"]
     assert "revision=" in nowhere["message"]
@@ -178,6 +184,32 @@ def test_a_file_that_arrives_short_is_never_used(tmp_path: Path) -> None:
 
     assert "OSError" in found["error"]
     assert not list((tmp_path / "home").rglob("snapshots/*/*"))
+
+
+def test_a_connection_that_breaks_is_taken_up_where_it_broke(tmp_path: Path) -> None:
+    published = repository(tmp_path)
+    published.drops = 1
+    with serve(model=published) as hub:
+        (found,) = hub.fetch(tmp_path / "home", MODEL, before=f"{IMPATIENT}\n{SMALL_CHUNKS}")
+
+    assert values(found["folder"]) == {1.0}
+    assert [path for path in hub.requests if re.search(r"safetensors from byte [1-9]", path)]
+
+
+def test_a_connection_that_breaks_for_good_leaves_nothing_half(tmp_path: Path) -> None:
+    """The next attempt fetches what is missing."""
+    published = repository(tmp_path)
+    published.drops = 99
+    with serve(model=published) as hub:
+        (found,) = hub.fetch(tmp_path / "home", MODEL, before=IMPATIENT)
+        halves = list((tmp_path / "home").rglob("snapshots/*/*.safetensors"))
+        published.drops = 0
+        (later,) = hub.fetch(tmp_path / "home", MODEL)
+
+    assert "CheckpointError" in found["error"]
+    assert "the connection broke while downloading lab/model" in found["message"]
+    assert not halves
+    assert values(later["folder"]) == {1.0}
 
 
 def test_pickled_weights_are_fetched_only_when_asked_for(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.hub.files import assert_same_bits, entry, raw_file, write_file
 from vlkit.errors import CheckpointError, CorruptCheckpointError
-from vlkit.hub.safetensors_file import MappedFile, read_header, write_safetensors
+from vlkit.hub.safetensors_file import MAX_HEADER_BYTES, MAX_TENSORS, MappedFile, read_header, write_safetensors
 
 STATE = {
     "b": torch.tensor([[1.5, float("nan"), -0.0]], dtype=torch.bfloat16),
@@ -186,6 +186,30 @@ def test_a_header_bomb_costs_neither_time_nor_memory(tmp_path: Path) -> None:
 
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
     assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("header", "what"),
+    [
+        ('{"a":[' + ",".join(["[]"] * 2_000_000) + "]}", "more than max_tensors=500000"),
+        ("{" + ",".join(f'"{i:x}":{{}}' for i in range(600_000)) + "}", "more than max_tensors=500000"),
+        ('{"a":' + "[" * 100_000 + "]" * 100_000 + "}", "deeper"),
+        ('{"a":' + "9" * 10**6 + "}", "a whole number of 1000000 digits"),
+    ],
+    ids=["lists", "entries", "depth", "digits"],
+)
+def test_a_header_of_many_small_things_is_refused_before_they_exist(tmp_path: Path, header: str, what: str) -> None:
+    path = raw_file(tmp_path / "file", header)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    assert what in refusal(path)
+
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+
+
+def test_limits_of_a_header_leave_room_for_the_largest_models() -> None:
+    """A mixture of experts of a trillion parameters has an index of 9 MB."""
+    assert (MAX_HEADER_BYTES, MAX_TENSORS) == (32 * 2**20, 500_000)
 
 
 def test_types_that_the_format_lacks_are_not_written(tmp_path: Path) -> None:

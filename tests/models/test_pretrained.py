@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vlkit
-from vlkit.errors import ConfigError, CorruptCheckpointError, KeyMismatchError, UnknownFieldWarning
+from vlkit.errors import ConfigError, CorruptCheckpointError, KeyMismatchError, UnknownFieldWarning, UnknownModelError
 from vlkit.hub.checkpoint import verify_manifest
 from vlkit.hub.keymap import KeyMap
 from vlkit.models import kimi_vl, pretrained
@@ -86,17 +89,87 @@ def test_missing_weights_are_an_error_unless_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "llava"}, "'llava' belongs to no registered family; known are .*kimi_vl, .*vlkit"),
-        ({}, "None belongs to no registered family"),
+        ({}, "model_type must name a family, found None"),
+        ({"model_type": ["kimi_vl"]}, "model_type must name a family"),
+        (
+            {"model_type": "kimi_vl", "vision_config": {}, "text_config": {}},
+            "m/config.json: config.json.vision_config: missing",
+        ),
         ({"model_type": "vlkit"}, "missing 'model'"),
         ({"model_type": "vlkit", "model": {"vision": {"dim": 3}}}, "'type' must name a registered vision"),
         ({"model_type": "vlkit", "model": {"vision": {"type": "moonvit", "dmi": 3}}}, "did you mean 'dim'"),
     ],
 )
 def test_a_config_that_is_not_understood_is_refused(tmp_path: Path, config: dict, words: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=words):
+        vlkit.from_pretrained(tmp_path / "m")
+
+
+def test_an_unknown_family_gets_the_nearest_names_and_how_to_add_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "kimi_v1"}')
+    with pytest.raises(
+        UnknownModelError, match=r"'kimi_v1'; the nearest are kimi_vl(, \w+){0,2}\. A new one .*register_family"
+    ):
         vlkit.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"model_type": "kimi_vl", "model_type": "vlkit"}', "line 1, column 27: key 'model_type' appears twice"),
+        ('{"model_type": "kimi_vl", "rope_theta": NaN}', "line 1, column 41: NaN is not a JSON number"),
+        ('{"model_type": "kimi_vl",}', "line 1, column 2[56]: not JSON"),
+        ('["kimi_vl"]', "line 1, column 1: expected a JSON object, found a list"),
+        ('\ufeff{"model_type": "kimi_vl"}', "line 1, column 1: .*byte order mark"),
+        ("version https://git-lfs.github.com/spec/v1", ".*git lfs pull"),
+    ],
+)
+def test_a_config_that_is_no_json_says_where(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"config.json: {words}"):
+        vlkit.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "field"),
+    [
+        ("text_config", "hidden_size"),
+        ("text_config", "vocab_size"),
+        ("text_config", "n_routed_experts"),
+        ("text_config", "num_hidden_layers"),
+        ("vision_config", "init_pos_emb_height"),
+    ],
+)
+@pytest.mark.parametrize("value", [2**31, 2**40, 10**19, -1, 0, True, 4.0, "32", None])
+def test_absurd_sizes_are_refused_before_memory_is_taken(tmp_path: Path, part: str, field: str, value: Any) -> None:
+    """A size that could be one is refused by the shapes of the weights: on meta nothing of it has memory."""
+    vlkit.create_model("kimi-vl-tiny").save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values[part][field] = value
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    with pytest.raises((ConfigError, KeyMismatchError), match=re.escape(str(value))):
+        vlkit.from_pretrained(tmp_path)
+
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+
+
+def test_code_beside_the_weights_is_never_imported(tmp_path: Path) -> None:
+    """Neither by the config's auto_map nor by its name."""
+    vlkit.create_model("kimi-vl-tiny").save_pretrained(tmp_path / "m")
+    values = json.loads((tmp_path / "m" / "config.json").read_text())
+    values["auto_map"] = {"AutoModel": "modeling_kimi.Kimi", "AutoConfig": "configuration_kimi.KimiConfig"}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(values))
+    for name in ("modeling_kimi", "configuration_kimi", "sitecustomize", "__init__"):
+        (tmp_path / "m" / f"{name}.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
+
+    vlkit.from_pretrained(tmp_path / "m", strict_config=True)
+
+    assert not (tmp_path / "canary").exists()
+    assert not [name for name in sys.modules if name.endswith("_kimi")]
 
 
 def test_a_name_that_is_neither_folder_nor_repository(tmp_path: Path) -> None:
@@ -149,8 +222,11 @@ def turned(rule: str) -> Callable[[VLMConfig], KeyMap]:
     """Kimi-VL's names with one linear layer of the projector stored transposed."""
 
     def keys(config: VLMConfig) -> KeyMap:
-        turn = {"to_ours": torch.t, "to_theirs": torch.t}  # leaves biases as they are
-        return KeyMap(*(replace(r, **turn) if rule in r.theirs.text else r for r in kimi_vl.keys(config).rules))
+        rules = kimi_vl.keys(config).rules
+        turns = [rule in other.theirs.text for other in rules]  # torch.t leaves biases as they are
+        return KeyMap(
+            *(replace(r, to_ours=torch.t, to_theirs=torch.t) if t else r for r, t in zip(rules, turns, strict=True))
+        )
 
     return keys
 
@@ -241,7 +317,8 @@ def test_ids_that_end_an_answer_are_read_from_both_files_and_written_for_other_t
     written = tmp_path / "a" / "generation_config.json"
     assert json.loads(written.read_text()) == {"eos_token_id": stops}
 
-    for ends, expected in ((3, [*stops, 3]), ([stops[0], 5], [*stops, 5]), (None, stops)):
+    beyond = 151645  # a default of another vocabulary, which never comes
+    for ends, expected in ((3, [*stops, 3]), ([stops[0], beyond, 5], [*stops, 5]), (None, stops)):
         written.write_text(json.dumps({"eos_token_id": ends, "temperature": 0.2}))
         loaded = vlkit.from_pretrained(tmp_path / "a")
         assert list(loaded.config.stop_ids) == expected
@@ -249,7 +326,7 @@ def test_ids_that_end_an_answer_are_read_from_both_files_and_written_for_other_t
         assert vlkit.from_pretrained(tmp_path / "b").config == loaded.config
 
 
-@pytest.mark.parametrize("ends", [-1, True, "</s>", [[3]], {"id": 3}, 10**9, 2.0])
+@pytest.mark.parametrize("ends", [-1, True, "</s>", [[3]], {"id": 3}, 2.0])
 def test_ids_that_are_none_are_refused_with_their_file(tmp_path: Path, ends: Any) -> None:
     vlkit.create_model("kimi-vl-tiny").save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))

@@ -59,6 +59,11 @@ def weight_files(folder: Path, *, allow_pickle: bool = False) -> list[str]:
             f"{folder}: the weights are pickled ({', '.join(pickled)}), and a pickle can hold more than tensors; "
             f"convert them to safetensors, or allow them by allow_pickle=True (loaded with weights_only)"
         )
+    if ".metadata" in present and any(name.endswith(".distcp") for name in present):
+        raise CheckpointError(
+            f"{folder}: a distributed checkpoint of torch, whose table of contents is a pickle; gather it with the program "
+            f"that wrote it, and save safetensors"
+        )
     raise CheckpointError(
         f"{folder}: no weights: neither {WEIGHTS} nor {INDEX}; it has {', '.join(sorted(present)[:20]) or 'no files'}. "
         f"Where a repository has only pickled weights ({PICKLE}), allow_pickle=True fetches and loads them"

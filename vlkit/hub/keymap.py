@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -285,7 +285,8 @@ class KeyMap:
         return {step.target: step.save(state.__getitem__) for step in steps}
 
 
-class Chosen(NamedTuple):
+@dataclass(frozen=True)
+class Chosen:
     """The map that `choose_keymap` chose: its place in the list, the steps of its `plan_load`, and its report."""
 
     index: int
@@ -372,11 +373,12 @@ def _checked_step(
     num_rows = len(rows)
     if rule.over is not None:
         num_rows = rows[-1] + 1 if wanted is None else (wanted[0] if wanted else 0)
-        absent = sorted(set(range(num_rows)) - set(rows))
+        absent = list(islice((row for row in range(num_rows) if row not in filling.sources), 1000))
         surplus = [row for row in rows if row >= num_rows]
         if absent:
             names = collapse(rule.their_name(filling.fields | {rule.over: str(row)}) for row in absent)
-            report.missing[target] = ", ".join(names)
+            more = "" if len(rows) + len(absent) >= num_rows else f", and on to row {num_rows - 1}"
+            report.missing[target] = ", ".join(names) + more
         report.unexpected += [filling.sources[row] for row in surplus]
         if absent or surplus:
             return None

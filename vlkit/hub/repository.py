@@ -47,7 +47,8 @@ def resolve(
         allow_pickle: Fetch `pytorch_model*.bin` where the repository has no safetensors.
 
     Raises:
-        CheckpointError: No such folder, and no name of a repository.
+        CheckpointError: No such folder, and no name of a repository; or a connection that breaks for good. Nothing that is half
+            downloaded is ever used.
         DiskFullError: The weights do not fit into the cache. Where the Hub says how large they are, nothing was downloaded.
         OSError: What the Hub client raises: no such repository or revision, no access, no connection.
     """
@@ -89,6 +90,13 @@ def resolve(
         raise
     except (OSError, ValueError) as failure:
         _explain(name, failure, local_files_only)
+    except Exception as failure:
+        if not type(failure).__module__.startswith(("httpx", "httpcore")):  # the errors of the Hub client's transport
+            raise
+        raise CheckpointError(
+            f"the connection broke while downloading {name}: {failure or type(failure).__name__}; call it again, the files that "
+            "are whole are kept. Behind a proxy or a mirror, set HTTPS_PROXY or HF_ENDPOINT"
+        ) from failure
     return folder
 
 

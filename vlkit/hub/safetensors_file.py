@@ -114,6 +114,9 @@ def read_header(path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES, max_ten
     found = stranger(head + data[:64])
     if found:
         raise CorruptCheckpointError(f"{path}: not a safetensors file: this is {found}")
+    # Counted before a Python object exists for each: a header of brackets would take a gigabyte.
+    if data.count(b"{") > max_tensors + 1000 or data.count(b"[") > 2 * (max_tensors + 1000):
+        raise CheckpointError(f"{path}: its header describes more than max_tensors={max_tensors} tensors")
     entries = parse_json(data, f"header of {path}", error=CorruptCheckpointError)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from vlkit.errors import CheckpointError, ConfigError, KeyMismatchError, UnknownFieldWarning
+from vlkit.errors import CheckpointError, ConfigError, KeyMismatchError, UnknownFieldWarning, UnknownModelError
 from vlkit.hub import pretrained as hub
 from vlkit.hub.checkpoint import write_manifest
 from vlkit.hub.keymap import KeyMap, rename
@@ -23,7 +23,7 @@ from vlkit.hub.safe_files import safe_file
 from vlkit.hub.strict_json import read_json
 from vlkit.models.meta import on_meta
 from vlkit.models.vlm import VisionLanguageModel, VLMConfig
-from vlkit.registry import families, list_models
+from vlkit.registry import families, list_models, unknown_name
 from vlkit.version import __version__
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def from_pretrained(
     Raises:
         CheckpointError: Files that are missing, broken, unsafe, or do not fit the model.
         ConfigError: A config.json that is malformed or that this family's code would not follow.
+        UnknownModelError: No family answers to its model_type.
     """
     if isinstance(dtype, str) and dtype != "auto":
         raise ConfigError(f"dtype: expected 'auto' or a torch.dtype, found {dtype!r}")
@@ -207,30 +208,29 @@ def read_config(folder: Path, *, strict: bool = False) -> VLMConfig:
         strict: Fields without an effect are an error instead of a warning.
 
     Raises:
-        ConfigError: No family answers to the model_type; the message lists those that are known. Or what the family's
-            `read_config` raises.
+        UnknownModelError: No family answers to the model_type; the message has the nearest.
+        ConfigError: What the family's `read_config` raises, with the path.
     """
     path = folder / "config.json"
     values = read_json(safe_file(folder, path.name))
     model_type = values.get("model_type")
     if model_type == OWN_MODEL_TYPE:
         return _read_own(values, path)
-    for family in families().values():
-        if model_type in family.model_types:
-            break
-    else:
-        known = sorted({t for family in families().values() for t in family.model_types} | {OWN_MODEL_TYPE})
-        raise ConfigError(
-            f"{path}: model_type {model_type!r} belongs to no registered family; known are {', '.join(known)}. "
-            "A new one is added with vlkit.registry.register_family"
-        )
+    if not isinstance(model_type, str):
+        raise ConfigError(f"{path}: model_type must name a family, found {model_type!r}")
+    by_type = {name: family for family in families().values() for name in family.model_types}
+    if model_type not in by_type:
+        error = unknown_name("model_type", model_type, [*by_type, OWN_MODEL_TYPE], "vlkit.registry.register_family")
+        raise UnknownModelError(f"{path}: {error}")
     with warnings.catch_warnings():
         if strict:
             warnings.simplefilter("error", UnknownFieldWarning)
         try:
-            config = family.read_config(values)
+            config = by_type[model_type].read_config(values)
         except UnknownFieldWarning as unknown:
             raise ConfigError(f"{path}: {unknown}; strict_config=False ignores them") from None
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
     return _with_stop_ids(config, folder)
 
 
