@@ -6,15 +6,21 @@ authors published gives the same to 6e-6 (AIMv2) and 2e-5 (SigLIP2).
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import vlkit
+from vlkit import VisionLanguageModel
 from vlkit.hub.keymap import KeyMap
 from vlkit.layers.patch import patchify
-from vlkit.packing import Layout, Packed
+from vlkit.packing import Batch, Layout, Packed
 from vlkit.projectors.pixel_shuffle import PixelShuffleConfig, PixelShuffleProjector
 from vlkit.vision import aimv2, siglip2
 from vlkit.vision.aimv2 import AIMv2, AIMv2Config
@@ -116,3 +122,107 @@ def test_siglip2_golden_numbers(activation: str, token: tuple[float, ...]) -> No
     if activation == "gelu_tanh":
         near(out.abs().mean()[None], 0.839430, tolerance=1e-6)
         near(out[47, -4:], 0.06627, -1.50880, -1.00990, 0.10640)
+
+
+# ---- the whole model against its parts, put together by hand from the published tensors
+
+
+def tower_by_hand(state: dict[str, Tensor], image: Tensor, config: AIMv2Config) -> Tensor:
+    """AIMv2 over one image [3, height, width], from published names: a convolution, blocks of 2 x 2 patches throughout,
+    F.interpolate, rotation by complex numbers. Returns [tokens, 4 dim]."""
+    p, heads = config.patch_size, config.num_heads
+    x = F.conv2d(
+        image[None],
+        state["preprocessor.patchifier.proj.weight"],
+        state["preprocessor.patchifier.proj.bias"],
+        stride=p,
+    )
+    h, w = x.shape[-2:]
+    order = torch.arange(h * w).view(h // 2, 2, w // 2, 2).transpose(1, 2).flatten()
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.rms_norm(x, (config.dim,), state[name], config.norm_eps)
+
+    x = norm(x[0].flatten(1).T[order], "preprocessor.patchifier.norm.weight")
+    side = config.position_grid[0]
+    table = state["preprocessor.pos_embed"].view(1, side, side, -1).permute(0, 3, 1, 2)
+    x = x + F.interpolate(table, size=(h, w), mode="bicubic", align_corners=False)[0].flatten(1).T[order]
+    row, col = torch.cartesian_prod(torch.arange(h), torch.arange(w))[order].double().T
+    quarter = config.dim // heads // 4
+    speed = 10000.0 ** (-torch.arange(quarter).double() / quarter)
+    turn = torch.polar(torch.ones(()).double(), torch.cat([row[:, None] * speed, col[:, None] * speed], 1))
+
+    def turned(q: Tensor) -> Tensor:  # [heads, tokens, head_dim]
+        first, second = q.double().chunk(2, dim=-1)
+        z = torch.complex(first, second) * turn
+        return torch.cat([z.real, z.imag], -1).to(q.dtype)
+
+    for layer in range(config.num_layers):
+        block = f"trunk.blocks.{layer}"
+        y = norm(x, f"{block}.norm_1.weight") @ state[f"{block}.attn.qkv.weight"].T
+        q, k, v = y.view(len(y), 3, heads, -1).permute(1, 2, 0, 3)
+        scores = turned(q) @ turned(k).mT / math.sqrt(q.shape[-1])
+        x = x + (scores.softmax(-1) @ v).transpose(0, 1).flatten(1) @ state[f"{block}.attn.proj.weight"].T
+        y = norm(x, f"{block}.norm_2.weight")
+        gate, up = (y @ state[f"{block}.mlp.{name}.weight"].T for name in ("fc1", "fc3"))
+        x = x + (F.silu(gate) * up) @ state[f"{block}.mlp.fc2.weight"].T
+    return norm(x, "trunk.post_trunk_norm.weight").view(len(x) // 4, -1)
+
+
+def randomized(model: VisionLanguageModel) -> VisionLanguageModel:
+    """Weights of ordinary size everywhere, so that no norm, bias or table can be wrong unseen."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape)
+            parameter.copy_(1 + 0.3 * noise if "norm" in name and name.endswith("weight") else 0.15 * noise)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_the_whole_model_gives_the_logits_of_its_parts(tmp_path: Path) -> None:
+    """A folder in the published layout: loaded here, and its tensors run by hand and by transformers' qwen3.
+
+    fp32: largest seen 1e-6. Saved again, the same names, shapes, types and bits.
+    """
+    transformers = pytest.importorskip("transformers")
+    tower = AIMv2Config(dim=48, num_layers=2, num_heads=3, mlp_dim=52, patch_size=4, position_grid=(5, 5))
+    source = randomized(vlkit.create_model("andesvl-tiny", vision=tower.to_dict()))
+    assert source.config.family == "andesvl"
+    source.save_pretrained(tmp_path / "published")
+    model = vlkit.from_pretrained(tmp_path / "published")
+    state = load_file(tmp_path / "published" / "model.safetensors")
+    text = json.loads((tmp_path / "published" / "config.json").read_text())["text_config"]
+    text.pop("rope_scaling")
+    decoder = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**text, attn_implementation="eager")).eval()
+    names = {n.removeprefix("language_model."): t for n, t in state.items() if n.startswith("language_model.")}
+    decoder.load_state_dict({**names, "lm_head.weight": names["model.embed_tokens.weight"]})
+    vision = {n.removeprefix("vision_encoder."): t for n, t in state.items() if n.startswith("vision_encoder.")}
+
+    grids = [(2, 6), (8, 4), (2, 2)]
+    pictures = [torch.randn(3, 4 * rows, 4 * columns) for rows, columns in grids]
+    mark, tokens = model.config.image_token_id, [rows * columns // 4 for rows, columns in grids]
+    sequences = [[7, *[mark] * tokens[0], 9, 260, *[mark] * tokens[1], 3], [1, 2, 3, 4], [*[mark] * tokens[2], 5]]
+    want, left = [], [*pictures]
+    for ids in sequences:
+        embeddings = decoder.model.embed_tokens(torch.tensor(ids))
+        seen = []
+        while sum(map(len, seen)) < ids.count(mark):
+            merged = tower_by_hand(vision, left.pop(0), tower)
+            hidden = F.gelu(F.linear(merged, state["mlp.0.weight"], state["mlp.0.bias"]))
+            seen.append(F.linear(hidden, state["mlp.2.weight"], state["mlp.2.bias"]))
+        if seen:
+            embeddings[torch.tensor(ids) == mark] = torch.cat(seen)
+        want.append(decoder(inputs_embeds=embeddings[None]).logits[0])
+
+    batch = Batch(
+        Packed(torch.tensor([token for ids in sequences for token in ids]), Layout(tuple(map(len, sequences)))),
+        Packed(torch.cat([patchify(picture, 4) for picture in pictures]), Layout.from_grids(grids)),
+    )
+    for ours, theirs in zip(model(batch).unpack(), want, strict=True):
+        assert float((ours - theirs).abs().max() / theirs.abs().max()) < 2e-5
+
+    model.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == state.keys()
+    assert all(again[n].dtype == t.dtype and torch.equal(again[n], t) for n, t in state.items())
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "published" / "config.json").read_text()
