@@ -16,7 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vlkit
-from vlkit.errors import ConfigError, CorruptCheckpointError, KeyMismatchError, UnknownFieldWarning, UnknownModelError
+from vlkit.errors import (
+    CheckpointError,
+    ConfigError,
+    CorruptCheckpointError,
+    KeyMismatchError,
+    UnknownFieldWarning,
+    UnknownModelError,
+)
 from vlkit.hub.checkpoint import verify_manifest
 from vlkit.hub.keymap import KeyMap
 from vlkit.models import kimi_vl, pretrained
@@ -307,6 +314,31 @@ def test_the_nearest_layout_is_reported(tmp_path: Path) -> None:
         assert vlkit.from_pretrained(tmp_path, strict=False).published_layout == 1
 
 
+# Pickled weights.
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_pickled_weights_are_loaded_when_asked_for_and_saved_as_safetensors(tmp_path: Path, shards: int) -> None:
+    """As several families published them: `pytorch_model.bin`, or shards of it with an index."""
+    state = saved_in(0, tmp_path / "plain")
+    vlkit.from_pretrained(tmp_path / "plain").save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").unlink()
+    files = ["pytorch_model.bin"] if shards == 1 else [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    weight_map = {name: files[place % shards] for place, name in enumerate(state)}
+    for file in files:
+        torch.save({name: state[name] for name in state if weight_map[name] == file}, tmp_path / "a" / file)
+    if shards > 1:
+        (tmp_path / "a" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    with pytest.raises(CheckpointError, match="allow_pickle=True"):
+        vlkit.from_pretrained(tmp_path / "a")
+    vlkit.from_pretrained(tmp_path / "a", allow_pickle=True).save_pretrained(tmp_path / "b")
+
+    again = load_file(tmp_path / "b" / "model.safetensors")
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], state[name]) for name in state)
+
+
 # Files beside the weights.
 
 
@@ -317,13 +349,25 @@ def test_ids_that_end_an_answer_are_read_from_both_files_and_written_for_other_t
     written = tmp_path / "a" / "generation_config.json"
     assert json.loads(written.read_text()) == {"eos_token_id": stops}
 
-    beyond = 151645  # a default of another vocabulary, which never comes
-    for ends, expected in ((3, [*stops, 3]), ([stops[0], beyond, 5], [*stops, 5]), (None, stops)):
-        written.write_text(json.dumps({"eos_token_id": ends, "temperature": 0.2}))
+    for ends, expected in ((3, [*stops, 3]), ([stops[0], 5], [*stops, 5]), (None, stops), (10**9, stops)):
+        written.write_text(json.dumps({"eos_token_id": ends, "temperature": 0.2, "repetition_penalty": 1.05}))
         loaded = vlkit.from_pretrained(tmp_path / "a")
         assert list(loaded.config.stop_ids) == expected
         loaded.save_pretrained(tmp_path / "b")
+        again = json.loads((tmp_path / "b" / "generation_config.json").read_text())
+        assert again == {"eos_token_id": expected, "temperature": 0.2, "repetition_penalty": 1.05}
         assert vlkit.from_pretrained(tmp_path / "b").config == loaded.config
+
+
+def test_a_generation_config_that_says_the_same_is_written_as_it_was(tmp_path: Path) -> None:
+    model = vlkit.create_model("kimi-vl-tiny")
+    model.save_pretrained(tmp_path / "a")
+    published = {"do_sample": True, "eos_token_id": list(reversed(model.config.stop_ids)), "top_k": 1}
+    (tmp_path / "a" / "generation_config.json").write_text(json.dumps(published))
+
+    vlkit.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+
+    assert list(json.loads((tmp_path / "b" / "generation_config.json").read_text()).items()) == list(published.items())
 
 
 @pytest.mark.parametrize("ends", [-1, True, "</s>", [[3]], {"id": 3}, 2.0])

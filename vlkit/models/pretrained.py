@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from vlkit.errors import CheckpointError, ConfigError, KeyMismatchError, UnknownFieldWarning, UnknownModelError
+from vlkit.generation.settings import read_generation_settings
 from vlkit.hub import pretrained as hub
 from vlkit.hub.checkpoint import write_manifest
 from vlkit.hub.keymap import KeyMap, rename
@@ -102,6 +103,7 @@ def from_pretrained(
         )
     _refuse_another_head(model, folder, report.ignored, allow_pickle)
     model.published_layout = report.layout
+    model.published_generation = _read_generation(folder)
     if dtype == "auto":
         model.published_dtypes = dict(report.cast)
     return model.eval()
@@ -133,7 +135,7 @@ def save_pretrained(
     """Write config.json and the weights, whole or not at all, in the layout that `model.config.family` names.
 
     A family that was published in several layouts is written in the one that the model was loaded from. Families also get a
-    generation_config.json with the ids that end an answer, where other tools look for them.
+    generation_config.json, with the ids that end an answer where other tools look for them, and whatever else it held.
 
     Other files of an existing folder (tokenizer, notes) stay; its older weights go. What is missing from the Hub layout of a
     family, such as the vocabulary, is written by `Processor.save_pretrained` into the same folder.
@@ -152,8 +154,8 @@ def save_pretrained(
     dtype = next(model.parameters()).dtype
     written.setdefault("torch_dtype", str(dtype).removeprefix("torch."))
     texts = {"config.json": written}
-    if model.config.family is not None and model.config.stop_ids:
-        texts[GENERATION] = {"eos_token_id": list(model.config.stop_ids)}
+    if model.config.family is not None and (generation := _write_generation(model)):
+        texts[GENERATION] = generation
     layouts = layouts_of(model.config)
 
     def write(staging: Path) -> None:
@@ -236,18 +238,31 @@ def read_config(folder: Path, *, strict: bool = False) -> VLMConfig:
 
 def _with_stop_ids(config: VLMConfig, folder: Path) -> VLMConfig:
     """The config, which also stops where the checkpoint's generation_config.json says."""
-    path = folder / GENERATION
-    if not path.exists():
-        return config
-    ends = read_json(safe_file(folder, path.name)).get("eos_token_id")
-    more = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    # transformers writes the default of a class even beside a small vocabulary: such an id never comes.
-    vocab_size: int = config.llm.vocab_size  # type: ignore[attr-defined]
-    more = [end for end in more if not (isinstance(end, int) and end >= vocab_size)]
+    values = _read_generation(folder)
     try:
-        return config.replace(stop_ids=tuple(dict.fromkeys((*config.stop_ids, *more))))
-    except (ConfigError, TypeError) as error:
-        raise ConfigError(f"{path}: eos_token_id {ends!r}: {error}") from error
+        more = _ends(values, config)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / GENERATION}: eos_token_id {values.get('eos_token_id')!r}: {error}") from error
+    return config.replace(stop_ids=tuple(dict.fromkeys((*config.stop_ids, *more))))
+
+
+def _read_generation(folder: Path) -> dict[str, Any]:
+    return read_json(safe_file(folder, GENERATION)) if (folder / GENERATION).exists() else {}
+
+
+def _ends(generation: Mapping[str, Any], config: VLMConfig) -> list[int]:
+    """The ids in a generation_config.json that end an answer."""
+    settings = read_generation_settings({"eos_token_id": generation.get("eos_token_id")})
+    # transformers writes the default of a class even beside a small vocabulary: such an id never comes.
+    return [end for end in settings.stop_ids if end < config.llm.vocab_size]  # type: ignore[attr-defined]
+
+
+def _write_generation(model: VisionLanguageModel) -> dict[str, Any]:
+    """generation_config.json as it was read, unless the model stops elsewhere by now."""
+    values, stops = model.published_generation, model.config.stop_ids
+    if set(_ends(values, model.config)) == set(stops):
+        return values
+    return {**values, "eos_token_id": list(stops)}
 
 
 def write_config(config: VLMConfig) -> dict[str, Any]:

@@ -175,6 +175,7 @@ class VisionLanguageModel(nn.Module):
             that saving writes them as they were.
         published_layout: Which of the family's sets of names the checkpoint had, the one that is written being 0; saving
             writes the same.
+        published_generation: What the checkpoint's generation_config.json held; saving writes it again.
     """
 
     def __init__(self, config: VLMConfig) -> None:
@@ -182,6 +183,7 @@ class VisionLanguageModel(nn.Module):
         self.config = config
         self.published_dtypes: dict[str, torch.dtype] = {}
         self.published_layout = 0
+        self.published_generation: dict[str, Any] = {}
         # Any: what each kind of part promises is in docs/architecture.md, and held by the contract tests.
         self.vision: Any = component_of(config.vision).module(config.vision)
         self.projector: Any = component_of(config.projector).module(config.projector)
