@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tests.assets import asset
 from vlkit.errors import TemplateError
-from vlkit.processing import ByteTokenizer
-from vlkit.processing.chat import ImageSlot, Text, encode_pieces
+from vlkit.processing import CHAT_FORMATS, ByteTokenizer
+from vlkit.processing.chat import ImageSlot, Seen, Text, encode_pieces, fill_slots
 from vlkit.processing.template import ChatTemplate, TemplateLimits
 
 SIMPLE = """
@@ -53,7 +53,8 @@ def ids(
     template: str, messages: list[dict[str, Any]], images: tuple[int, ...] = (), **options: Any
 ) -> tuple[list[int], list[int]]:
     pieces = ChatTemplate(template).pieces(messages, TOKENIZER.special, "<|media_pad|>", **options)
-    return encode_pieces(pieces, TOKENIZER, 267, images)
+    seen = [Seen((count,)) for count in images]
+    return encode_pieces(fill_slots(pieces, CHAT_FORMATS["plain"], TOKENIZER.special, seen), TOKENIZER)
 
 
 def test_a_conversation_becomes_ids_and_labels() -> None:

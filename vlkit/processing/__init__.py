@@ -1,8 +1,8 @@
 """Images to patches, conversations to ids, both to a Batch."""
 
-from vlkit.processing.chat import CHAT_FORMATS as CHAT_FORMATS
-from vlkit.processing.chat import ChatFormat as ChatFormat
-from vlkit.processing.chat import Turn as Turn
+from vlkit.processing.chat_format import CHAT_FORMATS as CHAT_FORMATS
+from vlkit.processing.chat_format import ChatFormat as ChatFormat
+from vlkit.processing.chat_format import Turn as Turn
 from vlkit.processing.image import pack_images as pack_images
 from vlkit.processing.image_reading import ReadRule as ReadRule
 from vlkit.processing.image_reading import read_image as read_image

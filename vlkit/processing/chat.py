@@ -1,6 +1,7 @@
 """Conversations -> pieces -> ids and labels.
 
-    messages --pieces--> Text (the format's own, or a person's), ImageSlot, ... --encode_pieces--> ids, labels
+    messages --chat_pieces--> Text (the format's own, or a person's), ImageSlot, VideoSlot, ...
+             --fill_slots--> Text, Placeholders, ... --encode_pieces--> ids, labels
 
 What a person wrote is never read for special tokens: "<|im_end|>" in a user's text stays nine harmless characters.
 Only the format itself writes control tokens. Answers may hold the few that the format names, such as "<think>".
@@ -8,148 +9,20 @@ Only the format itself writes control tokens. Answers may hold the few that the 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from vlkit.config import Config
-from vlkit.errors import ConfigError, PlaceholderMismatchError, TemplateError
+from vlkit.errors import PlaceholderMismatchError, TemplateError
+from vlkit.processing import tools as tool_texts
+from vlkit.processing.chat_format import ChatFormat
 from vlkit.processing.tokenizer import Tokenizer
 
 IGNORED = -100
 """The label of a token whose prediction is not learned."""
 
 Message = Mapping[str, Any]
-"""{"role": "user", "content": "text" or [{"type": "text", "text": ...}, {"type": "image", "image": ...}]}"""
-
-
-class Turn(Config):
-    """What surrounds the content of one role.
-
-    Attributes:
-        role: The role as messages name it.
-        prefix: Written before the content.
-        suffix: Written after it. In an answer it is learned with the text.
-    """
-
-    role: str
-    prefix: str
-    suffix: str
-
-
-class ChatFormat(Config):
-    """How a conversation becomes one text. Strings may hold special tokens by name.
-
-    Attributes:
-        turns: The roles; "assistant" must be one of them, its prefix is the generation prompt.
-        image_token: Stands for one visual token; repeated as often as the projector gives tokens.
-        image_prefix: Written before an image; "{number}" becomes 1, 2, ... over the conversation.
-        image_suffix: Written after it.
-        default_system: Content of the system turn that a conversation without one gets, or None.
-        stop: Tokens that end an answer.
-        answer_tokens: Special tokens that are read as such inside an answer.
-        thinking_end: Where the thinking of an answer ends, or None. Earlier answers then lose everything up to it.
-    """
-
-    turns: tuple[Turn, ...]
-    image_token: str
-    image_prefix: str = ""
-    image_suffix: str = ""
-    default_system: str | None = None
-    stop: tuple[str, ...] = ()
-    answer_tokens: tuple[str, ...] = ()
-    thinking_end: str | None = None
-
-    def check(self) -> None:
-        roles = self.roles
-        if len(set(roles)) != len(roles) or "assistant" not in roles:
-            raise ConfigError(
-                f"ChatFormat.turns: roles must differ and include 'assistant', found {', '.join(roles) or 'none'}"
-            )
-        if self.default_system is not None and "system" not in roles:
-            raise ConfigError("ChatFormat.default_system needs a turn for the role 'system'")
-        if not self.image_token:
-            raise ConfigError("ChatFormat.image_token is empty")
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        return tuple(turn.role for turn in self.turns)
-
-    @property
-    def generation_prompt(self) -> str:
-        """What the model continues: the beginning of an assistant turn."""
-        return self.turn("assistant").prefix
-
-    def turn(self, role: str) -> Turn:
-        return self.turns[self.roles.index(role)]
-
-    def special_names(self, *, written: bool = True) -> list[str]:
-        """Special tokens that the format awaits and, if asked, writes; inside strings they are known by "<|...|>"."""
-        if not written:
-            return list(dict.fromkeys((self.image_token, *self.stop, *self.answer_tokens)))
-        texts = (
-            self.image_prefix,
-            self.image_suffix,
-            *(text for turn in self.turns for text in (turn.prefix, turn.suffix)),
-        )
-        found = [name for text in texts for name in re.findall(r"<\|[^|<>]+\|>", text)]
-        return list(dict.fromkeys((self.image_token, *self.stop, *self.answer_tokens, *found)))
-
-
-def _turns(template: str, suffix: str) -> tuple[Turn, ...]:
-    roles = ("system", "user", "assistant")
-    return tuple(Turn(role=role, prefix=template.format(role=role), suffix=suffix) for role in roles)
-
-
-_KIMI = ChatFormat(
-    turns=_turns("<|im_{role}|>{role}<|im_middle|>", "<|im_end|>"),
-    image_prefix="<|media_start|>image<|media_content|>",
-    image_token="<|media_pad|>",
-    image_suffix="<|media_end|>",
-    default_system="You are a helpful assistant",
-    stop=("<|im_end|>", "[EOS]"),
-)
-_CHATML = ChatFormat(
-    turns=_turns("<|im_start|>{role}\n", "<|im_end|>\n"),
-    image_prefix="<|vision_start|>",
-    image_token="<|image_pad|>",
-    image_suffix="<|vision_end|>",
-    default_system="You are a helpful assistant.",
-    stop=("<|im_end|>", "<|endoftext|>"),
-)
-CHAT_FORMATS: dict[str, ChatFormat] = {
-    # Kimi-VL, arXiv:2504.07491, as its Hub repository writes conversations: no line breaks, no BOS.
-    "kimi": _KIMI,
-    # The same where thoughts end with a mark: earlier answers are shown without them.
-    "kimi-thinking": _KIMI.replace(thinking_end="◁/think▷"),
-    # Qwen2-VL and Qwen2.5-VL, arXiv:2409.12191. What closes an answer includes its line break, as in Qwen's own training.
-    "chatml": _CHATML,
-    "qwen3-vl": _CHATML.replace(default_system=None, answer_tokens=("<think>", "</think>")),
-    # AndesVL, arXiv:2510.11496. Its vocabulary is Qwen3's with the two marks around an image renamed.
-    "andesvl": _CHATML.replace(
-        image_prefix="<img>",
-        image_token="<|vision_pad|>",
-        image_suffix="</img>",
-        default_system=None,
-        answer_tokens=("<think>", "</think>"),
-    ),
-    # Qwen-VL-Chat, arXiv:2308.12966.
-    "qwen-vl": _CHATML.replace(
-        image_prefix="Picture {number}: <img>",
-        image_token="<imgpad>",
-        image_suffix="</img>\n",
-        stop=("<|im_end|>", "<|im_start|>", "<|endoftext|>"),
-    ),
-    # vlkit's own, for the byte tokenizer: as few ids as possible.
-    "plain": ChatFormat(
-        turns=_turns("<|im_{role}|>", "<|im_end|>"),
-        image_prefix="<|media_start|>",
-        image_token="<|media_pad|>",
-        image_suffix="<|media_end|>",
-        stop=("<|im_end|>", "<|eos|>"),
-    ),
-}
-"""Known formats by name."""
+"""{"role": "user", "content": "text" or a list of parts}; a part is {"type": "text", "text": ...},
+{"type": "image", "image": ...} or {"type": "video", "video": ..., "fps": ...}."""
 
 
 class Text(NamedTuple):
@@ -167,19 +40,62 @@ class Text(NamedTuple):
 
 
 class ImageSlot(NamedTuple):
-    """Where the tokens of an image stand; `image` counts the images of the conversation from 0."""
+    """Where the tokens of an image stand; `visual` counts images and videos of the conversation from 0."""
 
-    image: int
-
-
-Piece = Text | ImageSlot
+    visual: int
 
 
-def check_messages(messages: Sequence[Message], roles: Sequence[str] | None = None) -> list[Any]:
+class VideoSlot(NamedTuple):
+    """Where the tokens of a video stand; `visual` counts images and videos of the conversation from 0."""
+
+    visual: int
+
+
+class Placeholders(NamedTuple):
+    """`number` times the id of a visual token."""
+
+    id: int
+    number: int
+
+
+Piece = Text | ImageSlot | VideoSlot
+FilledPiece = Text | Placeholders
+
+
+class Visual(NamedTuple):
+    """An image or video part of a conversation.
+
+    Attributes:
+        kind: Which of them.
+        source: What the part holds; None where it holds nothing.
+        fps: Frames per second of a video, where the part says so.
+    """
+
+    kind: Literal["image", "video"]
+    source: Any
+    fps: float | None = None
+
+
+class Seen(NamedTuple):
+    """What became of an image or video.
+
+    Attributes:
+        tokens: Visual tokens of each time step; an image has one.
+        times: Seconds from the start of a video to each time step.
+    """
+
+    tokens: tuple[int, ...]
+    times: tuple[float, ...] = ()
+
+
+def check_messages(messages: Sequence[Message], format: ChatFormat | None = None) -> list[Visual]:
     """Refuse a conversation that would be misread.
 
+    Args:
+        format: The format that is to write it; None where a template decides what it takes.
+
     Returns:
-        What the "image" of each image part holds, in order; None where a part has no such key.
+        The images and videos of all parts, in order.
 
     Raises:
         TemplateError: No messages, an unknown role or type, a missing or unknown key; with the message and part.
@@ -188,96 +104,281 @@ def check_messages(messages: Sequence[Message], roles: Sequence[str] | None = No
         raise TemplateError(f"expected a list of messages, found {type(messages).__name__}")
     if not messages:
         raise TemplateError("the conversation has no messages")
-    images = []
+    visuals: list[Visual] = []
     for index, message in enumerate(messages):
         where = f"message {index}"
         if not isinstance(message, Mapping):
             raise TemplateError(f"{where}: expected {{'role': ..., 'content': ...}}, found {type(message).__name__}")
         for key in ("role", "content"):
-            if key not in message:
+            if key not in message and not (key == "content" and message.get("tool_calls")):
                 raise TemplateError(f"{where}: has no {key!r}; found {', '.join(map(repr, message)) or 'nothing'}")
-        role, content = message["role"], message["content"]
-        if roles is not None and role not in roles:
-            raise TemplateError(f"{where}: role {role!r} is not one of {', '.join(roles)}")
-        if isinstance(content, str):
+        role, content = message["role"], message.get("content")
+        if format is not None:
+            _check_role(message, format, where)
+        if isinstance(content, str) or (content is None and message.get("tool_calls")):
             continue
         if not isinstance(content, Sequence) or isinstance(content, bytes):
             raise TemplateError(f"{where}: content must be a text or a list of parts, found {type(content).__name__}")
         for place, part in enumerate(content):
-            at = f"{where}, part {place}"
-            if not isinstance(part, Mapping) or part.get("type") not in ("text", "image"):
-                kind = repr(part.get("type")) if isinstance(part, Mapping) else type(part).__name__
-                raise TemplateError(f"{at}: type {kind} is not one of 'text', 'image'")
-            if part["type"] == "image":
-                if role == "assistant":
-                    raise TemplateError(f"{at}: an assistant cannot answer with an image")
-                images.append(part.get("image"))
-            elif not isinstance(part.get("text"), str):
-                raise TemplateError(f"{at}: a text part needs 'text', a str; found {type(part.get('text')).__name__}")
-            if unknown := set(part) - {"type", part["type"]}:
-                raise TemplateError(
-                    f"{at}: unknown key {sorted(map(str, unknown))[0]!r}; a part has 'type' and {part['type']!r}"
-                )
-    return images
+            visual = _check_part(part, role, f"{where}, part {place}")
+            if visual is not None:
+                if visual.kind == "video" and format is not None and format.video_token is None:
+                    raise TemplateError(
+                        f"{where}, part {place}: this chat format has no videos; give frames as images instead"
+                    )
+                visuals.append(visual)
+    return visuals
 
 
-def chat_pieces(messages: Sequence[Message], format: ChatFormat, *, add_generation_prompt: bool = False) -> list[Piece]:
+def _check_role(message: Message, format: ChatFormat, where: str) -> None:
+    role = message["role"]
+    roles = (*format.roles, "tool") if format.tools else format.roles
+    if role not in roles:
+        raise TemplateError(f"{where}: role {role!r} is not one of {', '.join(roles)}")
+    known = {"role", "content"}
+    if role == "assistant":
+        known |= {"tool_calls"} if format.tools else set()
+        known |= {"reasoning_content"} if format.thinking == "qwen3" else set()
+        reasoning = message.get("reasoning_content")
+        if "reasoning_content" in known and reasoning is not None and not isinstance(reasoning, str):
+            raise TemplateError(f"{where}: reasoning_content must be a str, found {type(reasoning).__name__}")
+    elif role == "tool":
+        known |= {"name", "tool_call_id"}
+    if unknown := {str(key) for key in message if message[key] is not None} - known:
+        raise TemplateError(
+            f"{where}: this chat format does not write {sorted(unknown)[0]!r}; it takes {', '.join(sorted(known))}"
+        )
+
+
+_PART_KEYS = {"text": ("text",), "image": ("image",), "video": ("video", "fps")}
+
+
+def _check_part(part: Any, role: str, at: str) -> Visual | None:
+    if not isinstance(part, Mapping) or part.get("type") not in _PART_KEYS:
+        kind = repr(part.get("type")) if isinstance(part, Mapping) else type(part).__name__
+        raise TemplateError(f"{at}: type {kind} is not one of {', '.join(map(repr, _PART_KEYS))}")
+    kind = part["type"]
+    if kind == "text" and not isinstance(part.get("text"), str):
+        raise TemplateError(f"{at}: a text part needs 'text', a str; found {type(part.get('text')).__name__}")
+    if unknown := set(part) - {"type", *_PART_KEYS[kind]}:
+        raise TemplateError(
+            f"{at}: unknown key {sorted(map(str, unknown))[0]!r}; a part has 'type' and "
+            f"{', '.join(map(repr, _PART_KEYS[kind]))}"
+        )
+    if kind == "text":
+        return None
+    if role == "assistant":
+        raise TemplateError(f"{at}: an assistant cannot answer with {'an image' if kind == 'image' else 'a video'}")
+    fps = part.get("fps")
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, (int, float))):
+        raise TemplateError(f"{at}: fps must be a number, found {fps!r}")
+    return Visual(kind, part.get(kind), fps)
+
+
+def chat_pieces(
+    messages: Sequence[Message],
+    format: ChatFormat,
+    *,
+    add_generation_prompt: bool = False,
+    thinking: bool | None = None,
+    tools: Sequence[Any] | None = None,
+    number_visuals: bool = False,
+) -> list[Piece]:
     """The conversation as the format writes it.
 
+    Args:
+        add_generation_prompt: Whether it ends where the assistant's answer begins.
+        thinking: Whether that answer is to begin with thoughts; None leaves it to the model.
+        tools: Signatures of tools, as JSON objects.
+        number_visuals: Whether images and videos are numbered over the conversation.
+
     Raises:
-        TemplateError: As `check_messages`.
+        TemplateError: As `check_messages`; or what is asked for is not known to the format.
     """
-    check_messages(messages, format.roles)
-    if format.default_system is not None and not any(m["role"] == "system" for m in messages):
-        messages = [{"role": "system", "content": format.default_system}, *messages]
-    last_user = max((i for i, m in enumerate(messages) if m["role"] != "assistant"), default=-1)
-    pieces: list[Piece] = []
-    num_images = 0
-    for index, message in enumerate(messages):
-        turn, content = format.turn(message["role"]), message["content"]
-        answer = turn.role == "assistant"
-        pieces.append(Text(turn.prefix, special=True))
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            if part["type"] == "image":
-                prefix = format.image_prefix.replace("{number}", str(num_images + 1))
-                pieces += [Text(prefix, special=True), ImageSlot(num_images), Text(format.image_suffix, special=True)]
-                num_images += 1
-            elif answer:
-                text = part["text"]
-                if format.thinking_end is not None and index < last_user:
-                    text = text.rsplit(format.thinking_end, 1)[-1]
-                pieces.append(Text(text, special=format.answer_tokens, learn=True))
+    check_messages(messages, format)
+    writer = _Writer(format, number_visuals)
+    if tools and not format.tools:
+        raise TemplateError("tools are given, but this chat format has none")
+    prompt = _answer_prompt(format, thinking)
+    system, rest = _content(None), messages
+    first = messages[0]["role"] == "system"
+    if first:
+        system, rest = _content(messages[0].get("content")), messages[1:]
+    elif format.default_system is not None:
+        first, system = True, _content(format.default_system)
+    if first or tools:
+        writer.open("system")
+        writer.parts(system)
+        if tools:
+            writer.own(("\n\n" if first else "") + tool_texts.SECTION_BEGIN)
+            writer.pieces.append(Text(tool_texts.signatures(tools)))
+            writer.own(tool_texts.SECTION_END)
+        writer.close("system")
+    question = _last_question(rest, format)
+    for index, message in enumerate(rest):
+        role, content = message["role"], _content(message.get("content"))
+        if role == "tool":
+            follows = index > 0 and rest[index - 1]["role"] == "tool"
+            if follows:
+                writer.own("\n")
             else:
-                pieces.append(Text(part["text"]))
-        pieces.append(Text(turn.suffix, special=True, learn=answer))
+                writer.open("user")
+            writer.own(tool_texts.RESULT_BEGIN)
+            writer.parts(content)
+            writer.own(tool_texts.RESULT_END)
+            if index + 1 == len(rest) or rest[index + 1]["role"] != "tool":
+                writer.close("user")
+            continue
+        writer.open(role)
+        if role == "assistant":
+            where = f"message {index + len(messages) - len(rest)}"
+            shown, text = _answer(message, format, index, question, index + 1 == len(rest))
+            writer.answer(shown)
+            for number, call in enumerate(tool_texts.calls(message, where)):
+                line = "\n" if number or text else ""
+                writer.own(line + tool_texts.CALL_BEGIN, learn=True)
+                writer.answer(call)
+                writer.own(tool_texts.CALL_END, learn=True)
+        else:
+            writer.parts(content)
+        writer.close(role)
     if add_generation_prompt:
-        pieces.append(Text(format.generation_prompt, special=True))
-    return [piece for piece in pieces if not isinstance(piece, Text) or piece.text]
+        writer.open("assistant")
+        writer.own(prompt)
+    return [piece for piece in writer.pieces if not isinstance(piece, Text) or piece.text]
 
 
-def encode_pieces(
-    pieces: Sequence[Piece], tokenizer: Tokenizer, image_token: int, image_tokens: Sequence[int]
-) -> tuple[list[int], list[int]]:
-    """Ids, and labels aligned with them.
+class _Writer:
+    """Collects the pieces of one conversation."""
+
+    def __init__(self, format: ChatFormat, number_visuals: bool) -> None:
+        self.format, self.number_visuals = format, number_visuals
+        self.pieces: list[Piece] = []
+        self.counts = {"image": 0, "video": 0}
+
+    def own(self, text: str, *, learn: bool = False) -> None:
+        self.pieces.append(Text(text, special=True, learn=learn))
+
+    def answer(self, text: str) -> None:
+        self.pieces.append(Text(text, special=self.format.answer_tokens, learn=True))
+
+    def open(self, role: str) -> None:
+        self.own((self.format.separator if self.pieces else "") + self.format.turn(role).prefix)
+
+    def close(self, role: str) -> None:
+        self.own(self.format.turn(role).suffix, learn=role == "assistant")
+
+    def parts(self, content: Sequence[Mapping[str, Any]]) -> None:
+        format = self.format
+        for part in content:
+            kind = part["type"]
+            if kind == "text":
+                self.pieces.append(Text(part["text"]))
+                continue
+            visual = sum(self.counts.values())
+            self.counts[kind] += 1
+            if kind == "image":
+                number, prefix, suffix = format.image_number, format.image_prefix, format.image_suffix
+            else:
+                number, prefix, suffix = format.video_number, format.video_prefix, format.video_suffix
+            begin = (number if self.number_visuals else "") + prefix
+            self.own(begin.replace("{number}", str(self.counts[kind])))
+            self.pieces.append(ImageSlot(visual) if kind == "image" else VideoSlot(visual))
+            self.own(suffix)
+
+
+def _content(content: Any) -> Sequence[Mapping[str, Any]]:
+    if content is None:
+        return []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _text(message: Message) -> str:
+    return "".join(part["text"] for part in _content(message.get("content")) if part["type"] == "text")
+
+
+def _answer_prompt(format: ChatFormat, thinking: bool | None) -> str:
+    if thinking is None:
+        return format.answer_prompt
+    prompt = format.thinking_on if thinking else format.thinking_off
+    if prompt is None:
+        raise TemplateError(f"this chat format cannot be told thinking={thinking}; leave it out")
+    return prompt
+
+
+def _last_question(messages: Sequence[Message], format: ChatFormat) -> int:
+    """The place of the last question; thoughts in answers before it are not shown again."""
+    if format.thinking != "qwen3":
+        return max((i for i, m in enumerate(messages) if m["role"] != "assistant"), default=-1)
+    for index in range(len(messages) - 1, -1, -1):
+        if messages[index]["role"] == "user":
+            text = _text(messages[index])
+            if not (text.startswith("<tool_response>") and text.endswith("</tool_response>")):
+                return index
+    return len(messages) - 1
+
+
+def _answer(message: Message, format: ChatFormat, index: int, question: int, last: bool) -> tuple[str, str]:
+    """An answer as it is shown, and its text without thoughts."""
+    text = _text(message)
+    if format.thinking == "text":
+        return text, text
+    if format.thinking == "cut":
+        if index < question:
+            text = text.rsplit(str(format.thinking_end), 1)[-1]
+        return text, text
+    thoughts = message.get("reasoning_content")
+    if thoughts is None:
+        thoughts = ""
+        if "</think>" in text:
+            before, _, _ = text.partition("</think>")
+            thoughts = before.rstrip("\n").rsplit("<think>", 1)[-1].lstrip("\n")
+            text = text.rsplit("</think>", 1)[-1].lstrip("\n")
+    if index > question and (last or thoughts):
+        body = text.lstrip("\n")
+        return "<think>\n" + thoughts.strip("\n") + "\n</think>\n\n" + body, text
+    return text, text
+
+
+def fill_slots(
+    pieces: Sequence[Piece], format: ChatFormat, special: Mapping[str, int], seen: Sequence[Seen]
+) -> list[FilledPiece]:
+    """The pieces with the placeholders of every image and video in their slots, and the times of a video's steps.
+
+    Args:
+        special: Ids of special tokens.
+        seen: What became of each image and video, in order.
+
+    Raises:
+        PlaceholderMismatchError: Another number of slots than of images and videos.
+    """
+    slots = [piece for piece in pieces if not isinstance(piece, Text)]
+    if len(slots) != len(seen):
+        kinds = "image placeholders" if all(isinstance(slot, ImageSlot) for slot in slots) else "placeholders"
+        given = "images" if kinds == "image placeholders" else "images and videos"
+        raise PlaceholderMismatchError(f"the text has {len(slots)} {kinds}, {len(seen)} {given} were given")
+    filled: list[FilledPiece] = []
+    for piece in pieces:
+        if isinstance(piece, Text):
+            filled.append(piece)
+        elif isinstance(piece, ImageSlot):
+            filled.append(Placeholders(special[format.image_token], sum(seen[piece.visual].tokens)))
+        elif not format.frames_apart:
+            filled.append(Placeholders(special[str(format.video_token)], sum(seen[piece.visual].tokens)))
+        else:
+            for count, time in zip(*seen[piece.visual], strict=True):
+                filled.append(Text(format.frame_prefix.replace("{seconds}", f"{time:.1f}"), special=True))
+                filled.append(Placeholders(special[str(format.video_token)], count))
+                filled.append(Text(format.frame_suffix, special=True))
+    return filled
+
+
+def encode_pieces(pieces: Sequence[FilledPiece], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids, and labels aligned with them: the id where it is learned, -100 elsewhere.
 
     Texts are joined before they are tokenised, as if all had been one text: a line break that ends a prefix and one
     that starts a question share a token, as on the Hub. Only where an answer begins they do not, as in generation.
-
-    Args:
-        image_token: Id that stands for one visual token.
-        image_tokens: Tokens of each image.
-
-    Returns:
-        Ids, and labels: the id where it is learned, -100 elsewhere.
-
-    Raises:
-        PlaceholderMismatchError: Another number of image slots than of images.
     """
-    slots = sum(isinstance(piece, ImageSlot) for piece in pieces)
-    if slots != len(image_tokens):
-        raise PlaceholderMismatchError(
-            f"the text has {slots} image placeholders, {len(image_tokens)} images were given"
-        )
     ids: list[int] = []
     labels: list[int] = []
     plain, plain_learn = "", False
@@ -291,17 +392,13 @@ def encode_pieces(
         if learn != plain_learn:
             add(tokenizer.encode(plain), plain_learn)
             plain, plain_learn = "", learn
-        if isinstance(piece, ImageSlot):
-            add(tokenizer.encode(plain), learn)
-            add([image_token] * image_tokens[piece.image], learn)
-            plain = ""
-            continue
-        for part in tokenizer.split(piece.text, piece.special):
-            if isinstance(part, int):
-                add(tokenizer.encode(plain), learn)
-                add([part], learn)
-                plain = ""
-            else:
+        parts = [piece] if isinstance(piece, Placeholders) else tokenizer.split(piece.text, piece.special)
+        for part in parts:
+            if isinstance(part, str):
                 plain += part
+                continue
+            add(tokenizer.encode(plain), learn)
+            add([part] if isinstance(part, int) else [part.id] * part.number, learn)
+            plain = ""
     add(tokenizer.encode(plain), plain_learn)
     return ids, labels

@@ -8,7 +8,7 @@ from typing import Any
 
 from vlkit.errors import ConfigError
 from vlkit.hub.strict_json import read_json
-from vlkit.processing.chat import CHAT_FORMATS
+from vlkit.processing.chat_format import CHAT_FORMATS
 from vlkit.processing.image_rule import ImageRule
 from vlkit.processing.processor_config import ProcessorConfig
 

@@ -29,11 +29,14 @@ _FILTERS = {
 }
 
 
-def pack_images(images: Sequence[Any], rule: ImageRule | None = None, reading: ReadRule | None = None) -> Packed:
+def pack_images(
+    images: Sequence[Any], rule: ImageRule | None = None, reading: ReadRule | None = None, *, first: int = 0
+) -> Packed:
     """Normalised patches of all images, end to end.
 
     Args:
         images: Whatever `read_image` takes, one entry per image.
+        first: Index of the first one, for messages.
 
     Returns:
         Tokens [patches, 3 * frames_per_patch * patch_size ** 2] fp32; the layout has one grid (1, rows, columns) per image.
@@ -45,9 +48,9 @@ def pack_images(images: Sequence[Any], rule: ImageRule | None = None, reading: R
     if not images:
         raise EmptyBatchError("no images to pack; leave patches out of the batch instead")
     rule = rule or ImageRule()
-    read = [read_image(source, reading, name=f"image {index}") for index, source in enumerate(images)]
+    read = [read_image(source, reading, name=f"image {index}") for index, source in enumerate(images, first)]
     plans = []
-    for index, image in enumerate(read):
+    for index, image in enumerate(read, first):
         try:
             plans.append(rule.target_size(image.height, image.width))
         except ImageError as error:

@@ -1,7 +1,7 @@
-"""Processor: conversations with images -> Batch, and ids back to text.
+"""Processor: conversations with images and videos -> Batch, and ids back to text.
 
 messages --read, resize, patchify--> patches: Packed, grids --chat format--> ids with one placeholder per visual token
-         -> Batch(ids, patches, labels)
+         -> Batch(ids, patches, labels, seconds)
 """
 
 from __future__ import annotations
@@ -10,29 +10,55 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
 from vlkit.errors import (
+    CheckpointError,
     ConfigError,
     EmptyBatchError,
     PlaceholderMismatchError,
     SequenceTooLongError,
     TemplateError,
+    VideoError,
     VlkitError,
 )
 from vlkit.hub.repository import resolve
 from vlkit.hub.strict_json import read_json
 from vlkit.packing import Batch, Layout, Packed
 from vlkit.processing import hub_files
-from vlkit.processing.chat import Message, Piece, Text, chat_pieces, check_messages, encode_pieces
+from vlkit.processing.chat import (
+    Message,
+    Piece,
+    Seen,
+    Text,
+    VideoSlot,
+    Visual,
+    chat_pieces,
+    check_messages,
+    encode_pieces,
+    fill_slots,
+)
+from vlkit.processing.chat_format import ChatFormat
 from vlkit.processing.image import pack_images
 from vlkit.processing.processor_config import ProcessorConfig
 from vlkit.processing.template import ChatTemplate
 from vlkit.processing.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from vlkit.processing.video import pack_video
 
 PROCESSOR_FILE = "processor.json"
+
+
+class _Options(NamedTuple):
+    """How conversations are to be written; see `Processor.__call__`."""
+
+    prompt: bool
+    labels: bool
+    thinking: bool | None
+    tools: Sequence[Mapping[str, Any]] | None
+    number_visuals: bool
+    variables: dict[str, Any]
 
 
 class Processor:
@@ -75,58 +101,78 @@ class Processor:
                     f"the chat format writes {name!r}, which is no special token of the tokenizer; it has "
                     f"{', '.join(list(tokenizer.special)[:20])}"
                 )
+        self._chat = chat.replace(answer_tokens=tuple(name for name in chat.answer_tokens if name in tokenizer.special))
         self.image_token_id: int = tokenizer.special[chat.image_token]
-        self.stop_ids: tuple[int, ...] = tuple(tokenizer.special[name] for name in chat.stop)
+        self.video_token_id: int | None = tokenizer.special[chat.video_token] if chat.video_token else None
+        self.stop_ids: tuple[int, ...] = tuple(
+            dict.fromkeys((*(tokenizer.special[name] for name in chat.stop), *self.config.stop_ids))
+        )
 
     def __call__(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        images: Sequence[Any] | Sequence[Sequence[Any]] | None = None,
+        images: Any = None,
+        videos: Any = None,
         *,
         add_generation_prompt: bool = True,
         answer_prefix: str = "",
         labels: bool = False,
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        number_visuals: bool = False,
         template_variables: Mapping[str, Any] | None = None,
     ) -> Batch:
         """A batch of one conversation, or of several.
 
         Args:
             messages: One conversation, [{"role": ..., "content": ...}, ...], or a list of conversations.
-            images: Images of the parts {"type": "image"} that hold none themselves, in order; for several conversations
-                a list of lists.
+            images: Images of the parts {"type": "image"} that hold none themselves, in order; one image needs no list. For
+                several conversations a list with the images of each.
+            videos: The same for parts {"type": "video"}. A video that is a list of frames is put into another list.
             add_generation_prompt: Whether the ids end where the assistant's answer begins. Never with labels.
-            answer_prefix: First characters of the answer, given to the model, such as "<think>".
+            answer_prefix: First characters of the answer, given to the model.
             labels: Whether answers are to be learned: labels are the ids of answers and of what closes them, else -100.
-            template_variables: What a jinja template reads besides the messages, such as tools or enable_thinking.
+            thinking: Whether the answer begins with thoughts, for formats that can be told.
+            tools: Signatures of tools, as JSON objects, for formats that know tools.
+            number_visuals: Whether "Picture 1: " and the like stand before images and videos.
+            template_variables: What a jinja template reads besides messages, tools, enable_thinking and add_vision_id.
 
         Raises:
             TemplateError: A malformed conversation, or labels are asked for where no answer is found.
-            PlaceholderMismatchError: Another number of images than of image parts without one.
+            PlaceholderMismatchError: Another number of images or videos than of parts without one.
             ImageError: An image cannot be read or does not fit the rule.
+            VideoError: A video cannot be read or does not fit the rules.
             SequenceTooLongError: A sequence is longer than max_length.
             EmptyBatchError: No conversations.
 
         Every message begins with "conversation <index>" where several were given.
         """
-        if labels and answer_prefix:
+        if labels and (answer_prefix or thinking is not None):
             raise TemplateError(
-                "answer_prefix begins an answer that is still to come; with labels=True it is there already"
+                "answer_prefix and thinking begin an answer that is still to come; with labels=True it is there already"
             )
         several = _several(messages)
         conversations: Sequence[Any] = messages if several else [messages]
         if not conversations:
             raise EmptyBatchError("no conversations; a batch needs at least one")
-        given: Sequence[Any] = [images] * len(conversations) if images is None or not several else images
-        if len(given) != len(conversations):
-            raise PlaceholderMismatchError(f"{len(conversations)} conversations, but {len(given)} lists of images")
         if template_variables and self._template is None:
             raise TemplateError("template_variables are for a jinja template; this processor's chat format is not one")
-        variables = dict(template_variables or {})
-        prompt = add_generation_prompt and not labels
+        options = _Options(
+            add_generation_prompt and not labels,
+            labels,
+            thinking,
+            tools,
+            number_visuals,
+            dict(template_variables or {}),
+        )
+        given_images = _beside(images, "images", len(conversations), several)
+        given_videos = _beside(videos, "videos", len(conversations), several)
         batches = []
-        for index, (conversation, own) in enumerate(zip(conversations, given, strict=True)):
+        for index, conversation in enumerate(conversations):
             try:
-                batches.append(self._one(conversation, own, prompt, answer_prefix, labels, variables))
+                batches.append(
+                    self._one(conversation, given_images[index], given_videos[index], answer_prefix, options)
+                )
             except VlkitError as error:
                 if not several:
                     raise
@@ -140,52 +186,106 @@ class Processor:
     def _one(
         self,
         messages: Sequence[Message],
-        images: Sequence[Any] | None,
-        add_generation_prompt: bool,
+        images: list[Any],
+        videos: list[Any],
         answer_prefix: str,
-        labels: bool,
-        variables: Mapping[str, Any],
+        options: _Options,
     ) -> Batch:
-        chat, rule = self.config.chat, self.config.image
-        sources = _filled(check_messages(messages, chat.roles if self._template is None else None), images)
-        pieces = self._pieces(messages, add_generation_prompt, variables)
+        chat = self._chat
+        visuals = _filled(check_messages(messages, chat if self._template is None else None), images, videos)
+        pieces = self._pieces(messages, options)
         if answer_prefix:
             pieces.append(Text(answer_prefix, special=chat.answer_tokens))
-        if labels and not any(isinstance(piece, Text) and piece.learn for piece in pieces):
+        if options.labels and not any(isinstance(piece, Text) and piece.learn for piece in pieces):
             if self._template is not None and not self._template.marks_answers:
                 raise TemplateError("labels are asked for, but the template does not mark answers by {% generation %}")
             raise TemplateError("labels are asked for, but no message is the assistant's: there is nothing to learn")
-        patches = pack_images(sources, rule, self.config.reading) if sources else None
-        counts = [rule.num_tokens(grid[1:]) for grid in patches.layout.grids or ()] if patches is not None else []
-        ids, targets = encode_pieces(pieces, self.tokenizer, self.image_token_id, counts)
+        patches, seen, seconds = self._see(visuals)
+        ids, targets = encode_pieces(fill_slots(pieces, chat, self.tokenizer.special, seen), self.tokenizer)
         limit = self.config.max_length
         if limit is not None and len(ids) > limit:
+            tokens = sum(sum(each.tokens) for each in seen)
             raise SequenceTooLongError(
-                f"{len(ids)} tokens ({sum(counts)} of them for {len(counts)} images); at most {limit} fit. Shorten the "
-                f"conversation, lower ImageRule.max_patches, or leave the sample out"
+                f"{len(ids)} tokens ({tokens} of them for {_counted(visuals)}); at most {limit} fit. Shorten the "
+                f"conversation, lower the limits of the image or video rule, or leave the sample out"
             )
         return Batch(
             ids=Packed(torch.tensor(ids), Layout((len(ids),))),
             patches=patches,
-            labels=torch.tensor(targets) if labels else None,
+            labels=torch.tensor(targets) if options.labels else None,
+            seconds=seconds,
         )
 
-    def _pieces(self, messages: Sequence[Message], prompt: bool, variables: Mapping[str, Any]) -> list[Piece]:
-        chat = self.config.chat
+    def _see(self, visuals: Sequence[Visual]) -> tuple[Packed | None, list[Seen], tuple[float, ...] | None]:
+        """The patches of all images and videos, their counts of tokens, and the seconds between time steps."""
+        rule, reading = self.config.image, self.config.reading
+        if not visuals:
+            return None, [], None
+        if all(visual.kind == "image" for visual in visuals):
+            patches = pack_images([visual.source for visual in visuals], rule, reading)
+            return patches, [Seen((rule.num_tokens(grid[1:]),)) for grid in patches.layout.grids or ()], None
+        if self.config.video is None:
+            raise VideoError("this processor has no ProcessorConfig.video: its model sees images only")
+        parts: list[Packed] = []
+        seen: list[Seen] = []
+        seconds: list[float] = []
+        numbers = {"image": 0, "video": 0}
+        for visual in visuals:
+            name = f"{visual.kind} {numbers[visual.kind]}"
+            numbers[visual.kind] += 1
+            if visual.kind == "image":
+                parts.append(pack_images([visual.source], rule, reading, first=numbers["image"] - 1))
+                times: tuple[float, ...] = (0.0,)
+                step = 0.0
+            else:
+                packed = pack_video(visual.source, rule, self.config.video, reading, fps=visual.fps, name=name)
+                times, step = packed.samples.times, packed.samples.step
+                apart = self._chat.frames_apart
+                parts.append(Packed(packed.patches.tokens, packed.patches.layout.frames()) if apart else packed.patches)
+                step = 0.0 if apart else step
+            _, rows, columns = (parts[-1].layout.grids or ())[0]
+            seen.append(Seen((rule.num_tokens((rows, columns)),) * len(times), times))
+            seconds += [step] * parts[-1].layout.num_items
+        return Packed.concat(parts), seen, tuple(seconds)
+
+    def _pieces(self, messages: Sequence[Message], options: _Options) -> list[Piece]:
+        chat = self._chat
         if self._template is None:
-            return chat_pieces(messages, chat, add_generation_prompt=prompt)
-        return self._template.pieces(
+            return chat_pieces(
+                messages,
+                chat,
+                add_generation_prompt=options.prompt,
+                thinking=options.thinking,
+                tools=options.tools,
+                number_visuals=options.number_visuals,
+            )
+        asked = {
+            "tools": options.tools,
+            "enable_thinking": options.thinking,
+            "add_vision_id": options.number_visuals or None,
+        }
+        variables = {**options.variables, **{name: value for name, value in asked.items() if value is not None}}
+        pieces = self._template.pieces(
             messages,
             self.tokenizer.special,
             chat.image_token,
+            chat.video_token,
             answer_tokens=chat.answer_tokens,
-            add_generation_prompt=prompt,
+            add_generation_prompt=options.prompt,
             variables=variables,
         )
+        return _without_outer_marks(pieces, chat)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write what `from_pretrained` reads; the folder is made where it is missing."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        """Write what `from_pretrained` reads; the folder is made where it is missing.
+
+        Raises:
+            CheckpointError: The folder cannot be made or written.
+        """
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be made a folder to save into: {error}") from error
         self.write_files(folder)
 
     def write_files(self, folder: str | os.PathLike[str]) -> None:
@@ -250,14 +350,46 @@ def _several(messages: Any) -> bool:
     return not messages or not isinstance(messages[0], (Mapping, str))
 
 
-def _filled(sources: list[Any], images: Sequence[Any] | None) -> list[Any]:
-    """The images of all parts, those without one filled from `images` in order."""
-    empty = sum(source is None for source in sources)
-    given = list(images or ())
-    if empty != len(given):
-        raise PlaceholderMismatchError(
-            f"{empty} image parts hold no image, {len(given)} images were given beside the messages; put each image "
-            f"into its part, {{'type': 'image', 'image': ...}}, or give exactly the missing ones"
-        )
-    rest = iter(given)
-    return [next(rest) if source is None else source for source in sources]
+def _beside(given: Any, kind: str, count: int, several: bool) -> list[list[Any]]:
+    """The images or videos that came beside the messages, for each conversation."""
+    if given is None:
+        return [[] for _ in range(count)]
+    if not several:
+        given = [given]
+    elif not isinstance(given, (list, tuple)) or len(given) != count:
+        found = f"{len(given)} lists of {kind}" if isinstance(given, (list, tuple)) else type(given).__name__
+        raise PlaceholderMismatchError(f"{count} conversations, but {found}")
+    return [list(own) if isinstance(own, (list, tuple)) else [own] for own in given]
+
+
+def _filled(visuals: Sequence[Visual], images: Sequence[Any], videos: Sequence[Any]) -> list[Visual]:
+    """The images and videos of all parts, those without one filled from `images` and `videos` in order."""
+    given = {"image": list(images), "video": list(videos)}
+    for kind, sources in given.items():
+        empty = sum(visual.kind == kind and visual.source is None for visual in visuals)
+        if empty != len(sources):
+            raise PlaceholderMismatchError(
+                f"{empty} {kind} parts hold no {kind}, {len(sources)} {kind}s were given beside the messages; put each "
+                f"{kind} into its part, {{'type': '{kind}', '{kind}': ...}}, or give exactly the missing ones"
+            )
+    rest = {kind: iter(sources) for kind, sources in given.items()}
+    return [visual._replace(source=next(rest[visual.kind])) if visual.source is None else visual for visual in visuals]
+
+
+def _counted(visuals: Sequence[Visual]) -> str:
+    counts = [(sum(visual.kind == kind for visual in visuals), kind) for kind in ("image", "video")]
+    return " and ".join(f"{count} {kind}s" for count, kind in counts if count or kind == "image")
+
+
+def _without_outer_marks(pieces: list[Piece], chat: ChatFormat) -> list[Piece]:
+    """Templates put marks around a whole video; they go where the format has them around each time step instead."""
+    if not chat.frames_apart or chat.video_prefix:
+        return pieces
+    dropped = set()
+    for index, piece in enumerate(pieces):
+        if isinstance(piece, VideoSlot):
+            for place, marks in ((index - 1, chat.frame_prefix), (index + 1, chat.frame_suffix)):
+                near = pieces[place] if 0 <= place < len(pieces) else None
+                if isinstance(near, Text) and near.special and near.text in marks:
+                    dropped.add(place)
+    return [piece for index, piece in enumerate(pieces) if index not in dropped]

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from vlkit.errors import TemplateError, VlkitError
-from vlkit.processing.chat import ImageSlot, Message, Piece, Text, check_messages
+from vlkit.processing.chat import ImageSlot, Message, Piece, Text, VideoSlot, check_messages
 from vlkit.processing.template_sandbox import ANSWER, ANSWER_END, TemplateLimits, compile_template, generate
 
 _BREAK = "\ufdd0"  # a noncharacter, like the marks of answers: Unicode keeps them out of interchanged text
@@ -73,6 +73,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         special: Collection[str],
         image_token: str,
+        video_token: str | None = None,
         *,
         answer_tokens: Collection[str] = (),
         add_generation_prompt: bool = False,
@@ -83,6 +84,7 @@ class ChatTemplate:
         Args:
             special: Names of the tokenizer's special tokens.
             image_token: The one that the template writes for an image.
+            video_token: The one that it writes for a video.
             answer_tokens: Special tokens that are read as such inside an assistant's message.
             variables: What the template reads besides, such as tools or enable_thinking.
 
@@ -96,7 +98,7 @@ class ChatTemplate:
         text = self._render(guarded, add_generation_prompt, given)
         names = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
         pieces: list[Piece] = []
-        num_images = 0
+        num_visuals = 0
         learn = False
         for span in re.split(f"([{ANSWER}{ANSWER_END}])", text):
             if span in (ANSWER, ANSWER_END):
@@ -109,9 +111,9 @@ class ChatTemplate:
                     pieces.append(Text(plain, learn=learn))
                 if match is None:
                     break
-                if match[0] == image_token:
-                    pieces.append(ImageSlot(num_images))
-                    num_images += 1
+                if match[0] in (image_token, video_token):
+                    pieces.append((ImageSlot if match[0] == image_token else VideoSlot)(num_visuals))
+                    num_visuals += 1
                 else:
                     pieces.append(Text(match[0], special=(match[0],), learn=learn))
                 end = match.end()
@@ -145,8 +147,8 @@ def _guarded(value: Any, special: Collection[str]) -> Any:
             value += _BREAK
         return value
     if isinstance(value, Mapping):
-        if value.get("type") == "image":
-            return {"type": "image"}
+        if value.get("type") in ("image", "video"):
+            return {"type": value["type"]}
         return {key: _guarded(each, special) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_guarded(each, special) for each in value]
