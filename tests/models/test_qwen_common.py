@@ -137,6 +137,22 @@ def test_which_flag_ties_the_head(family: str, top: bool | None, inside: bool | 
     assert read(hub).llm.tied is want  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("name", [name for name, size in SIZES.items() if size.family in FLAT])
+def test_towers_that_are_written_as_differences_from_a_class(name: str) -> None:
+    """What transformers 4.45 to 4.51 wrote of the tower when a fine-tune was saved, such as UI-TARS."""
+    hub = published_config(name)
+    kept = {"in_chans": 3, "spatial_patch_size": 14, "model_type": hub["model_type"]}
+    defaults = {
+        "qwen2-vl": {"hidden_size": 3584},
+        "qwen2.5-vl": {"intermediate_size": 3420, "out_hidden_size": 3584, "hidden_size": 3584, "tokens_per_second": 4},
+    }[SIZES[name].family]
+    for field, default in defaults.items():
+        if hub["vision_config"][field] != default:
+            kept[field] = hub["vision_config"][field]
+    rope = {"type": "default", "rope_type": "default", "mrope_section": [16, 24, 24]}
+    assert read({**hub, "vision_config": kept, "rope_scaling": rope}) == model_spec(name).config
+
+
 def test_clock_of_videos() -> None:
     hub = published_config("qwen2.5-vl-7b")
     assert read(hub).ticks_per_second == 2

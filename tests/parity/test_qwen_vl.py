@@ -1,394 +1,376 @@
-"""Qwen-VL against the equations of its published code: golden numbers, and a plain second version of the whole model."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL (with and without experts) against transformers: checkpoints both ways, logits, generation.
+
+Sizes are small and odd. Batches mix rows of text, several unequal images and videos, padded on either side.
+"""
 
 from __future__ import annotations
 
 import json
-import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vlkit
-from tests import golden
-from tests.hub.files import write_folder_of
-from vlkit.hub.checkpoint import open_checkpoint
-from vlkit.layers.patch import patchify
-from vlkit.llm import qwen
-from vlkit.llm.qwen import QwenConfig, build_qwen
-from vlkit.packing import Batch, Layout, Packed
-from vlkit.projectors import resampler
-from vlkit.projectors.resampler import Resampler, ResamplerConfig
-from vlkit.vision import openclip_vit
-from vlkit.vision.openclip_vit import OpenCLIPViT, OpenCLIPViTConfig
+from vlkit.errors import KeyMismatchError
+from vlkit.models import VisionLanguageModel
+from vlkit.models.pretrained import layouts_of
 
-VISUAL = "transformer.visual."
+transformers = pytest.importorskip("transformers")
 
-
-# ---- the published code's equations, written out without packing, and without anything of vlkit
-
-
-def fixed_positions(side: int, dim: int) -> Tensor:
-    """[side * side, dim], one number at a time."""
-    table = torch.zeros(side * side, dim, dtype=torch.float64)
-    for row in range(side):
-        for column in range(side):
-            for half, place in enumerate((column, row)):
-                for i in range(dim // 4):
-                    angle = place / 10000 ** (i / (dim // 4))
-                    table[row * side + column, half * dim // 2 + i] = math.sin(angle)
-                    table[row * side + column, half * dim // 2 + dim // 4 + i] = math.cos(angle)
-    return table
-
-
-def resized(table: Tensor, rows: int, columns: int) -> Tensor:
-    """A square table as a list of cells, for another grid."""
-    side = math.isqrt(len(table))
-    if (rows, columns) == (side, side):
-        return table
-    image = table.view(1, side, side, -1).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=(rows, columns), mode="bicubic", align_corners=False)
-    return image.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def see(w: dict[str, Tensor], config: dict[str, Any], image: Tensor) -> Tensor:
-    """Tokens [queries, output_dim] of one image [3, height, width]."""
-    v = {name.removeprefix(VISUAL): tensor for name, tensor in w.items() if name.startswith(VISUAL)}
-    size, heads = config["visual"]["patch_size"], config["visual"]["heads"]
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], v[f"{name}.weight"], v[f"{name}.bias"], 1e-6)
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return x @ v[f"{name}.weight"].T + v[f"{name}.bias"]
-
-    x = F.conv2d(image[None], v["conv1.weight"], stride=size)
-    rows, columns = x.shape[2:]
-    x = x[0].flatten(1).T + resized(v["positional_embedding"], rows, columns)
-    x = norm(x, "ln_pre")
-    for layer in range(config["visual"]["layers"]):
-        block = f"transformer.resblocks.{layer}"
-        mixed = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.in_proj").view(len(x), heads, -1)
-        head_dim = mixed.shape[-1] // 3
-        out = []
-        for head in range(heads):
-            q, k, value = mixed[:, head].split(head_dim, dim=1)
-            out.append(torch.softmax(q @ k.T / math.sqrt(head_dim), dim=-1) @ value)
-        x = x + linear(torch.cat(out, dim=1), f"{block}.attn.out_proj")
-        x = x + linear(F.gelu(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj")
-    pool = "attn_pool"
-    kv = norm(x @ v[f"{pool}.kv_proj.weight"].T, f"{pool}.ln_kv")
-    fixed = v[f"{pool}.pos_embed"]
-    answers, _ = F.multi_head_attention_forward(
-        norm(v[f"{pool}.query"], f"{pool}.ln_q") + fixed,
-        kv + resized(fixed, rows, columns),
-        kv,
-        embed_dim_to_check=kv.shape[1],
-        num_heads=kv.shape[1] // 128,
-        in_proj_weight=v[f"{pool}.attn.in_proj_weight"],
-        in_proj_bias=v[f"{pool}.attn.in_proj_bias"],
-        bias_k=None,
-        bias_v=None,
-        add_zero_attn=False,
-        dropout_p=0.0,
-        out_proj_weight=v[f"{pool}.attn.out_proj.weight"],
-        out_proj_bias=v[f"{pool}.attn.out_proj.bias"],
-        need_weights=False,
-    )
-    return norm(answers, "ln_post") @ v["proj"]
-
-
-def read(w: dict[str, Tensor], config: dict[str, Any], ids: list[int], images: list[Tensor]) -> Tensor:
-    """Logits [length, vocab] of one sequence; every <img> ... </img> holds the next image."""
-    x = w["transformer.wte.weight"][ids].clone()
-    start = config["visual"]["image_start_id"]
-    openings = [i for i, token in enumerate(ids) if token == start]
-    assert len(openings) == len(images)
-    for opening, image in zip(openings, images, strict=True):
-        tokens = see(w, config, image)
-        assert ids[opening + 1 + len(tokens)] == start + 1
-        x[opening + 1 : opening + 1 + len(tokens)] = tokens
-    length, heads, hd = len(ids), config["num_attention_heads"], config["kv_channels"]
-    trained = config["seq_length"]
-    alpha = max(2 ** math.ceil(math.log2(length / trained) + 1) - 1, 1)
-    base = config["rotary_emb_base"] * alpha ** (hd / (hd - 2))
-    angles = torch.tensor([[p * base ** (-2 * i / hd) for i in range(hd // 2)] for p in range(length)], dtype=x.dtype)
-    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
-    grown = torch.tensor([max(math.log(p + 1) / math.log(trained), 1.0) for p in range(length)], dtype=x.dtype)
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + config["layer_norm_epsilon"]) * w[f"{name}.weight"]
-
-    def turned(x: Tensor) -> Tensor:
-        return x * cos + torch.cat([-x[:, hd // 2 :], x[:, : hd // 2]], dim=1) * sin
-
-    for layer in range(config["num_hidden_layers"]):
-        block = f"transformer.h.{layer}"
-        mixed = norm(x, f"{block}.ln_1") @ w[f"{block}.attn.c_attn.weight"].T + w[f"{block}.attn.c_attn.bias"]
-        q, k, v = (part.view(length, heads, hd) for part in mixed.chunk(3, dim=1))
-        out = []
-        for head in range(heads):
-            scores = turned(q[:, head]) * grown[:, None] @ turned(k[:, head]).T / math.sqrt(hd)
-            scores = scores + torch.full_like(scores, -math.inf).triu(1)
-            out.append(torch.softmax(scores, dim=-1) @ v[:, head])
-        x = x + torch.cat(out, dim=1) @ w[f"{block}.attn.c_proj.weight"].T
-        h = norm(x, f"{block}.ln_2")
-        product = (h @ w[f"{block}.mlp.w1.weight"].T) * F.silu(h @ w[f"{block}.mlp.w2.weight"].T)
-        x = x + product @ w[f"{block}.mlp.c_proj.weight"].T
-    return norm(x, "transformer.ln_f") @ w["lm_head.weight"].T
-
-
-# ---- a checkpoint folder with odd sizes
-
-
-ODD: dict[str, Any] = {
-    "model_type": "qwen", "architectures": ["QWenLMHeadModel"], "vocab_size": 331, "hidden_size": 256,
-    "num_hidden_layers": 3, "num_attention_heads": 8, "kv_channels": 32, "intermediate_size": 182,
-    "layer_norm_epsilon": 1e-6, "rotary_emb_base": 10000, "rotary_pct": 1.0, "seq_length": 300,
-    "max_position_embeddings": 4096, "no_bias": True, "scale_attn_weights": True, "use_dynamic_ntk": True,
-    "use_logn_attn": True, "tie_word_embeddings": False, "attn_dropout_prob": 0.0, "emb_dropout_prob": 0.0, "fp32": False,
-    "initializer_range": 0.02, "onnx_safe": None, "tokenizer_type": "QWenTokenizer", "use_cache": True, "bf16": True,
-    "fp16": False, "use_flash_attn": "auto", "transformers_version": "4.31.0", "torch_dtype": "float32",
-    "visual": {
-        "heads": 5, "image_size": 448, "image_start_id": 311, "layers": 3, "mlp_ratio": 2.32, "output_dim": 256,
-        "patch_size": 6, "width": 35,
-    },
+FAMILIES = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe")
+OLD = FAMILIES[:2]
+IMAGE, VIDEO, START, END = 192, 193, 190, 191
+IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
+TEXT = {
+    "vocab_size": 200, "hidden_size": 36, "intermediate_size": 45, "num_hidden_layers": 3, "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
 }  # fmt: skip
+TEXT2 = {
+    **TEXT, "num_attention_heads": 3, "num_key_value_heads": 1, "rope_theta": 1e6,
+    "rope_scaling": {"type": "mrope", "mrope_section": [1, 3, 2]},
+}  # fmt: skip
+TEXT3 = {
+    **TEXT, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 14, "rope_theta": 5e6,
+    "rope_scaling": {"rope_type": "default", "mrope_section": [3, 2, 2], "mrope_interleaved": True},
+}  # fmt: skip
+EXPERTS = {"moe_intermediate_size": 10, "num_experts": 7, "num_experts_per_tok": 3}
+PATCHES = {"patch_size": 3, "temporal_patch_size": 2, "spatial_merge_size": 2}
+TOWER3 = {
+    **PATCHES, "depth": 3, "hidden_size": 40, "num_heads": 2, "intermediate_size": 50, "num_position_embeddings": 25,
+    "deepstack_visual_indexes": [0, 2], "out_hidden_size": 36,
+}  # fmt: skip
+CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "qwen2-vl": (
+        "Qwen2VL",
+        TEXT2,
+        {**PATCHES, "depth": 2, "embed_dim": 40, "num_heads": 2, "mlp_ratio": 3, "hidden_size": 36},
+    ),
+    "qwen2.5-vl": (
+        "Qwen2_5_VL",
+        TEXT2,
+        {**PATCHES, "depth": 3, "hidden_size": 40, "num_heads": 2, "intermediate_size": 50, "window_size": 12,
+         "fullatt_block_indexes": [1], "tokens_per_second": 3, "out_hidden_size": 36},
+    ),
+    "qwen3-vl": ("Qwen3VL", TEXT3, TOWER3),
+    "qwen3-vl-moe": ("Qwen3VLMoe", {**TEXT3, **EXPERTS}, TOWER3),
+}  # fmt: skip
+Tensors = dict[str, Tensor]
 
 
-def published_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The key table of a published checkpoint, written out from its config alone."""
-    dim, v = config["hidden_size"], config["visual"]
-    width, wide, out = v["width"], int(v["width"] * v["mlp_ratio"]), v["output_dim"]
-    shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (config["vocab_size"], dim)}
-    for n in range(config["num_hidden_layers"]):
-        block = f"transformer.h.{n}"
-        inner = config["intermediate_size"] // 2
-        shapes |= {
-            f"{block}.ln_1.weight": (dim,),
-            f"{block}.attn.c_attn.weight": (3 * dim, dim),
-            f"{block}.attn.c_attn.bias": (3 * dim,),
-            f"{block}.attn.c_proj.weight": (dim, dim),
-            f"{block}.ln_2.weight": (dim,),
-            f"{block}.mlp.w1.weight": (inner, dim),
-            f"{block}.mlp.w2.weight": (inner, dim),
-            f"{block}.mlp.c_proj.weight": (dim, inner),
-        }
-    shapes |= {"transformer.ln_f.weight": (dim,), "lm_head.weight": (config["vocab_size"], dim)}
-
-    def both(name: str, *weight: int) -> None:
-        shapes[f"{VISUAL}{name}.weight"] = weight
-        shapes[f"{VISUAL}{name}.bias"] = weight[:1]
-
-    shapes[f"{VISUAL}conv1.weight"] = (width, 3, v["patch_size"], v["patch_size"])
-    shapes[f"{VISUAL}positional_embedding"] = (256, width)
-    both("ln_pre", width)
-    for n in range(v["layers"]):
-        block = f"transformer.resblocks.{n}"
-        both(f"{block}.ln_1", width)
-        both(f"{block}.ln_2", width)
-        both(f"{block}.attn.in_proj", 3 * width, width)
-        both(f"{block}.attn.out_proj", width, width)
-        both(f"{block}.mlp.c_fc", wide, width)
-        both(f"{block}.mlp.c_proj", width, wide)
-    for name, shape in (("query", (256, out)), ("pos_embed", (256, out)), ("kv_proj.weight", (out, width))):
-        shapes[f"{VISUAL}attn_pool.{name}"] = shape
-    shapes[f"{VISUAL}attn_pool.attn.in_proj_weight"] = (3 * out, out)
-    shapes[f"{VISUAL}attn_pool.attn.in_proj_bias"] = (3 * out,)
-    both("attn_pool.attn.out_proj", out, out)
-    both("attn_pool.ln_q", out)
-    both("attn_pool.ln_kv", out)
-    both("ln_post", out)
-    shapes[f"{VISUAL}proj"] = (out, out)
-    return shapes
-
-
-def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
-    """Of ordinary size everywhere, so that no bias, norm or table can be wrong unseen."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, shape in published_shapes(config).items():
-        noise = torch.randn(shape, generator=generator)
-        if len(shape) == 1:
-            weights[name] = 0.3 * noise + (1 if name.endswith(".weight") else 0)
-        else:
-            weights[name] = noise * (1.0 if "embed" in name or "query" in name else (shape[-1] ** -0.5))
-    side = config["visual"]["output_dim"]
-    weights[f"{VISUAL}attn_pool.pos_embed"] = fixed_positions(16, side).float()
-    return weights
-
-
-def folder_of(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> Path:
-    write_folder_of(path, weights, max_shard_size=2_000_000)
-    (path / "config.json").write_text(json.dumps(config))
-    (path / "generation_config.json").write_text(json.dumps({"chat_format": "chatml", "eos_token_id": 143}))
-    return path
-
-
-def slots(path: str) -> list[int]:
-    """What the published tokenizer writes for an image: its path, one id per byte, then <imgpad>."""
-    start = ODD["visual"]["image_start_id"]
-    name = list(path.encode())
-    return [start, *name, *[start + 2] * (256 - len(name)), start + 1]
-
-
-def conversations() -> tuple[list[list[int]], list[list[Tensor]]]:
-    """Two images with text around, none, and one: lengths below and beyond the trained length, to alphas of 3 and 7."""
-    text = torch.randint(257, 311, (60,), generator=torch.Generator().manual_seed(3)).tolist()
-    ids = [
-        [*text[:4], *slots("a/b.png"), *text[4:9], *slots("https://example.org/ü.jpg"), *text[9:15]],  # 531 tokens
-        text[15:32],
-        [*slots(""), *text[32:60], *text],  # 346
-    ]
-    generator = torch.Generator().manual_seed(4)
-
-    def image(rows: int, columns: int) -> Tensor:
-        return torch.randn(3, 6 * rows, 6 * columns, generator=generator)
-
-    return ids, [[image(5, 5), image(5, 5)], [], [image(5, 5)]]
-
-
-def relative(ours: Tensor, other: Tensor) -> float:
-    return float((ours - other).abs().max() / other.abs().max())
-
-
-# ---- golden numbers of the published code at toy sizes
-
-
-def test_golden_tower_and_resampler() -> None:
-    """fp32; the table and the fixed positions are enlarged and shrunk: grids of 4x4 and 32x32 against tables of 16x16."""
-    tower = OpenCLIPViT(OpenCLIPViTConfig(dim=48, num_layers=2, num_heads=3, mlp_dim=int(48 * 4.9231)))
-    pool = Resampler(ResamplerConfig(in_dim=48, out_dim=128, num_heads=1))
-    keys = {tower: openclip_vit.keys(tower.config), pool: resampler.KEYS}
-    fixed = "attn_pool.pos_embed"
-    for part, names in keys.items():
-        theirs = names.to_theirs(part.state_dict())
-        weights = golden.fill({VISUAL + name: tensor.shape for name, tensor in theirs.items()})
-        named = {name: theirs[name] if name == fixed else weights[VISUAL + name] for name in theirs}
-        part.load_state_dict(names.to_ours(named))
-    assert abs(float(pool.positions.table.mean()) - 0.45020367) < 1e-7
-    assert abs(float(pool.positions.table.norm()) - 128) < 1e-4
-
-    for name, side, numbers in (
-        ("qwen_vl_image", 56, (-0.04314147, 3.81072035, 819.2236668, (2.589697, -3.445585, -4.656876, 5.202516),
-                               (5.28578, -4.766034))),
-        ("qwen_vl_image2", 448, (-0.05586550, 4.54389501, 930.5817993, (3.707731, -5.011793, -5.21713, 5.97172),
-                                 (-1.677578, -5.37529))),
-    ):  # fmt: skip
-        image = golden.sequence(name, 3 * side * side).view(3, side, side).float()
-        patches = Packed(patchify(image, 14), Layout.from_grids([(side // 14, side // 14)]))
-        with torch.no_grad():
-            golden.check(pool(tower(patches)).tokens, *numbers)
-
-
-def test_golden_decoder() -> None:
-    """Below the trained length of 16 tokens, and at 40, where the wavelengths are of alpha 7 and queries are scaled."""
-    config = QwenConfig(vocab_size=200, dim=64, num_layers=2, num_heads=4, head_dim=16, mlp_dim=96, trained_length=16)
-    decoder, names = build_qwen(config).eval(), qwen.keys(config)
-    shapes = {name: tensor.shape for name, tensor in names.to_theirs(decoder.state_dict()).items()}
-    decoder.load_state_dict(names.to_ours(golden.fill(shapes)))
-    first = (0.265515, 0.048602, 0.026628, 0.403897)
-    for length, *numbers in (
-        (8, -0.00320580, 0.56359445, 28.0581096, first, (0.042032, -0.554335)),
-        (40, -0.00063261, 0.55597270, 61.4374552, first, (0.346063, 1.109471)),
-    ):
-        ids = torch.arange(length) * 7 % 200
-        with torch.no_grad():
-            golden.check(decoder.head(decoder(Packed(decoder.embed(ids), Layout((length,)))).hidden.tokens), *numbers)
-
-
-# ---- the whole model
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[vlkit.VisionLanguageModel, dict[str, Tensor], Path]:
-    weights = random_weights(ODD)
-    folder = folder_of(tmp_path_factory.mktemp("odd"), ODD, weights)
-    return vlkit.from_pretrained(folder), weights, folder
-
-
-def packed(model: vlkit.VisionLanguageModel, *, dtype: torch.dtype = torch.float32) -> Batch:
-    """The conversations as the tensors of the published tokenizer, padded on the right, and pixels."""
-    ids, images = conversations()
-    longest = max(map(len, ids))
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
-    return model.pack(
-        input_ids=torch.tensor([row + [143] * (longest - len(row)) for row in ids]),
-        attention_mask=mask,
-        pixel_values=torch.stack([image for row in images for image in row]).to(dtype),
+def reference(family: str, *, tied: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' model with random weights."""
+    name, text, vision = CONFIGS[family]
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text, vision_config=vision, tie_word_embeddings=tied, **IDS
     )
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-13)], ids=str)
-def test_logits_are_those_of_the_published_equations(loaded: Any, dtype: torch.dtype, tolerance: float) -> None:
-    """Against the equations in fp64. Largest seen: 7e-7 in fp32, 2e-15 in fp64."""
-    model, weights, folder = loaded
-    model = model if dtype == torch.float32 else vlkit.from_pretrained(folder, dtype=dtype)
-    wide = {name: tensor.double() for name, tensor in weights.items()}
-    logits = model(packed(model, dtype=dtype)).unpack()
-    for ours, ids, images in zip(logits, *conversations(), strict=True):
-        assert relative(ours.double(), read(wide, ODD, ids, [image.double() for image in images])) <= tolerance
-
-
-@torch.no_grad()
-def test_images_of_any_shape_are_seen_as_by_the_published_equations(loaded: Any) -> None:
-    """Grids that are not square, of one patch, and of the table's own size; all in one pack."""
-    model, weights, _ = loaded
-    grids = [(3, 7), (1, 1), (16, 16), (16, 16), (20, 2)]
+    for part in (config, config.text_config, config.vision_config):
+        part._attn_implementation = part._experts_implementation = "eager"
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
     generator = torch.Generator().manual_seed(7)
-    images = [torch.randn(3, 6 * rows, 6 * columns, generator=generator) for rows, columns in grids]
-    patches = Packed(torch.cat([patchify(image, 6) for image in images]), Layout.from_grids(grids))
-    tokens = model.encode_images(patches)
-    assert tokens.layout.grids == ((1, 16, 16),) * 5
-    for ours, image in zip(tokens.unpack(), images, strict=True):
-        assert relative(ours, see(weights, ODD, image)) <= 2e-5  # fp32: largest seen 2e-6
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale = (3 / parameter.shape[-1]) ** 0.5 if parameter.ndim < 4 else 0.1
+            norm = parameter.ndim == 1 and key.endswith("weight")
+            parameter.copy_(1 + 0.3 * noise if norm else scale * noise)
+    model.generation_config.eos_token_id = None
+    return model.to(dtype)
 
 
-@pytest.mark.parametrize("mistake", ["gate and up", "in_proj in thirds", "proj transposed", "positions on values"])
-@torch.no_grad()
-def test_the_comparison_sees_what_shapes_cannot(loaded: Any, mistake: str) -> None:
-    """Weights that are mixed up without changing a shape give other logits by far more than the tolerance."""
-    model, weights, _ = loaded
-    mixed = dict(weights)
-    if mistake == "gate and up":
-        block = "transformer.h.1.mlp"
-        mixed |= {
-            f"{block}.w1.weight": weights[f"{block}.w2.weight"],
-            f"{block}.w2.weight": weights[f"{block}.w1.weight"],
-        }
-    elif mistake == "in_proj in thirds":
-        name = f"{VISUAL}transformer.resblocks.1.attn.in_proj.weight"
-        mixed[name] = weights[name].view(3, 5, 7, 35).transpose(0, 1).reshape(105, 35)
-    elif mistake == "proj transposed":
-        mixed[f"{VISUAL}proj"] = weights[f"{VISUAL}proj"].T
-    else:
-        mixed[f"{VISUAL}attn_pool.pos_embed"] = weights[f"{VISUAL}attn_pool.pos_embed"].roll(1, 0)
-    ids, images = (part[2] for part in conversations())
-    ours = model(packed(model)).unpack()[2]
-    assert relative(ours, read(mixed, ODD, ids, images)) > 1e-3
+def again(family: str, folder: Path) -> Any:
+    """transformers' model from a folder."""
+    cls = getattr(transformers, f"{CONFIGS[family][0]}ForConditionalGeneration")
+    model, report = cls.from_pretrained(
+        folder, attn_implementation="eager", experts_implementation="eager", dtype="auto", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    return model.eval()
 
 
-def test_a_saved_folder_has_the_same_names_shapes_types_and_bits(tmp_path: Path) -> None:
-    """In the published type, bfloat16, with fixed positions that a fine-tuning has changed."""
-    weights = {name: tensor.bfloat16() for name, tensor in random_weights(ODD, seed=1).items()}
-    weights[f"{VISUAL}attn_pool.pos_embed"] += 0.25
-    config = {**ODD, "torch_dtype": "bfloat16"}
-    model = vlkit.from_pretrained(folder_of(tmp_path / "theirs", config, weights))
-    assert not model.projector.positions.table.requires_grad
-    model.save_pretrained(tmp_path / "ours")
-    with open_checkpoint(tmp_path / "ours") as saved:
-        assert set(saved.tensors) == set(weights)
-        for name, tensor in weights.items():
-            again = saved.read(name)
-            assert again.dtype == tensor.dtype, name
-            assert torch.equal(again, tensor), name
-    written = json.loads((tmp_path / "ours" / "config.json").read_text())
-    for name, value in written.items():
-        if name not in ("auto_map", "visual", "eos_token_id"):  # what ends an answer came from generation_config.json
-            assert config[name] == value, name
-    assert written["visual"] | {"image_size": 448} == config["visual"]
-    assert vlkit.from_pretrained(tmp_path / "ours").config == model.config
+# Inputs as the Hub processors emit them.
+
+ROWS: list[list[Any]] = [
+    # numbers: that many tokens of text; ("image", rows, columns) and ("video", steps, rows, columns) in patches
+    [3, ("image", 4, 6), 2, ("image", 2, 10), 4],
+    [5],
+    [2, ("image", 6, 2), 1, ("video", 3, 4, 6), 3, ("image", 2, 2), 2],
+    [1, ("video", 5, 2, 4), 6],
+]
+
+
+def inputs(family: str, rows: list[list[Any]] = ROWS, *, left: bool = False, seed: int = 0) -> dict[str, Any]:
+    """Padded tensors of a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = 3 * 2 * CONFIGS[family][2]["patch_size"] ** 2
+    sequences: list[list[int]] = []
+    grids: dict[str, list[tuple[int, ...]]] = {"image": [], "video": []}
+    for row in rows:
+        ids: list[int] = []
+        for part in row:
+            if isinstance(part, int):
+                ids += torch.randint(1, 180, (part,), generator=generator).tolist()
+            elif part[0] == "image" or family in OLD:
+                grid = (1, *part[1:]) if part[0] == "image" else part[1:]
+                grids[part[0]].append(grid)
+                count = grid[0] * grid[1] * grid[2] // 4
+                ids += [START, *[IMAGE if part[0] == "image" else VIDEO] * count, END]
+            else:  # every time step on its own, behind its time as text
+                grids["video"].append(part[1:])
+                for step in range(part[1]):
+                    ids += [20 + step, 21, START, *[VIDEO] * (part[2] * part[3] // 4), END]
+        sequences.append(ids)
+    length = max(map(len, sequences))
+    padded = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros_like(padded)
+    for number, ids in enumerate(sequences):
+        place = slice(length - len(ids), length) if left else slice(0, len(ids))
+        padded[number, place], mask[number, place] = torch.tensor(ids), 1
+    made: dict[str, Any] = {
+        "input_ids": padded,
+        "attention_mask": mask,
+        "mm_token_type_ids": (padded == IMAGE).int() + 2 * (padded == VIDEO).int(),
+    }
+    for kind, pixels, key in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
+        if grids[kind]:
+            made[key] = torch.tensor(grids[kind])
+            made[pixels] = torch.randn(int(made[key].prod(1).sum()), channels, generator=generator)
+    if family == "qwen2.5-vl" and grids["video"]:
+        made["second_per_grid_ts"] = torch.tensor([0.75, 1.5][: len(grids["video"])])
+    return made
+
+
+def compare(ours: VisionLanguageModel, theirs: Any, tensors: dict[str, Any], *, rule: str = "transformers-5") -> float:
+    """Largest relative error of the logits, after asserting that it is small and so is the divergence."""
+    batch = ours.pack(**tensors)
+    positions = ours.positions(batch, rule=rule)  # type: ignore[arg-type]
+    more: dict[str, Any] = {}
+    if rule == "original" and positions is not None:
+        more["position_ids"] = grid_axes(positions, tensors)
+    with torch.no_grad():
+        got = ours(replace(batch, positions=positions)).logits.tokens
+        want = theirs(**tensors, **more).logits[tensors["attention_mask"].bool()]
+    error = float((got - want).abs().max() / want.abs().max())
+    assert error <= 2e-5  # fp32, largest seen 2e-6
+    divergence = F.kl_div(got.log_softmax(-1), want.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    assert float(divergence.abs().max()) <= 1e-6
+    return error
+
+
+def grid_axes(positions: Tensor | None, tensors: dict[str, Any], *, text: bool = False) -> Tensor:
+    """Positions as transformers takes them, padded: time, row and column; if asked, behind those of the text's tokens."""
+    assert positions is not None
+    mask = tensors["attention_mask"]
+    axes = torch.zeros(3, *mask.shape, dtype=torch.long)
+    axes[:, mask.bool()] = positions.T
+    return torch.cat([(mask.cumsum(1) - 1).clamp(min=0)[None], axes]) if text else axes
+
+
+def files(folder: Path) -> Tensors:
+    """All tensors of a checkpoint."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def assert_same_files(first: Path, second: Path) -> None:
+    """The same names, shapes, types and bits."""
+    one, two = files(first), files(second)
+    assert set(one) == set(two)
+    for name, tensor in one.items():
+        assert two[name].dtype == tensor.dtype, name
+        assert two[name].shape == tensor.shape, name
+        assert torch.equal(two[name], tensor), name
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """Change the tensors of a saved folder."""
+    (path,) = folder.glob("*.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in change(files(folder)).items()}, path, {"format": "pt"})
+
+
+def new_layout(tensors: Tensors) -> Tensors:
+    """Old names as the newer ones."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name.startswith("visual."):
+            name = f"model.{name}"
+        elif name.startswith("model."):
+            name = f"model.language_model.{name.removeprefix('model.')}"
+        renamed[name] = tensor
+    return renamed
+
+
+def turned_experts(tensors: Tensors) -> Tensors:
+    """Experts in the other orientation."""
+    return {name: t.transpose(1, 2) if ".experts." in name else t for name, t in tensors.items()}
+
+
+# Checkpoints and logits.
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpoints_and_logits_go_both_ways(family: str, tied: bool, tmp_path: Path) -> None:
+    theirs = reference(family, tied=tied)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = vlkit.from_pretrained(tmp_path / "theirs")
+    assert ours.config.family == family
+    assert ours.config.llm.tied is tied  # type: ignore[attr-defined]
+    right = inputs(family)
+    for tensors in (right, inputs(family, left=True), inputs(family, ROWS[:1]), inputs(family, ROWS[1:2])):
+        compare(ours, theirs, tensors)
+    compare(ours, theirs, right, rule="original")
+
+    ours.save_pretrained(tmp_path / "ours")
+    assert_same_files(tmp_path / "theirs", tmp_path / "ours")
+    assert ("lm_head.weight" in files(tmp_path / "ours")) is not tied
+    with torch.no_grad():
+        assert torch.equal(again(family, tmp_path / "ours")(**right).logits, theirs(**right).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "change"), [*((family, new_layout) for family in OLD), (FAMILIES[3], turned_experts)]
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_other_published_layouts_are_read_and_written_back(
+    family: str, change: Any, tied: bool, tmp_path: Path
+) -> None:
+    theirs = reference(family, tied=tied)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = vlkit.from_pretrained(tmp_path / "theirs")
+    rewrite(tmp_path / "theirs", change)
+    other = vlkit.from_pretrained(tmp_path / "theirs")
+    assert other.published_layout != ours.published_layout
+    for (name, tensor), mine in zip(ours.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(tensor, mine), name
+
+    other.save_pretrained(tmp_path / "ours")
+    assert_same_files(tmp_path / "theirs", tmp_path / "ours")
+    tensors = inputs(family)
+    with torch.no_grad():
+        assert torch.equal(again(family, tmp_path / "ours")(**tensors).logits, theirs(**tensors).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bits_of_other_types_survive(family: str, tmp_path: Path) -> None:
+    reference(family, dtype=torch.bfloat16).save_pretrained(tmp_path / "theirs")
+    rewrite(tmp_path / "theirs", lambda tensors: {n: t.float() if "norm1" in n else t for n, t in tensors.items()})
+    with pytest.warns(UserWarning, match="rounded to bfloat16"):
+        ours = vlkit.from_pretrained(tmp_path / "theirs")
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    ours.save_pretrained(tmp_path / "ours")
+    assert_same_files(tmp_path / "theirs", tmp_path / "ours")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_that_stands_beside_its_embedding_must_equal_it(family: str, tmp_path: Path) -> None:
+    reference(family, tied=True).save_pretrained(tmp_path)
+    (embedding,) = (name for name in files(tmp_path) if name.endswith("embed_tokens.weight"))
+    rewrite(tmp_path, lambda tensors: {**tensors, "lm_head.weight": tensors[embedding].clone()})
+    assert vlkit.from_pretrained(tmp_path).llm.lm_head is None
+    rewrite(tmp_path, lambda tensors: {**tensors, "lm_head.weight": tensors[embedding] + 1})
+    with pytest.raises(KeyMismatchError, match="differs from the embedding"):
+        vlkit.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients(family: str, tmp_path: Path) -> None:
+    """Of the mean of the labelled tokens' losses, by every parameter."""
+    theirs = reference(family)
+    theirs.save_pretrained(tmp_path)
+    ours = vlkit.from_pretrained(tmp_path).train()
+    tensors = inputs(family)
+    labels = tensors["input_ids"].masked_fill(tensors["attention_mask"] == 0, -100)
+    batch = ours.pack(**tensors, labels=labels)
+    loss = ours(replace(batch, positions=ours.positions(batch, rule="transformers-5"))).loss
+    want = theirs(**tensors, labels=labels).loss
+    assert loss is not None
+    assert abs(float(loss.detach() - want.detach())) <= 1e-5 * float(want.detach())
+
+    loss.backward()
+    want.backward()
+    keys = layouts_of(ours.config)[-1]  # the names of transformers' modules
+    grads = keys.to_ours({name: p.grad for name, p in theirs.named_parameters()})
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad - grads[name]).abs().max() <= 1e-4 * grads[name].abs().max(), name
+
+
+# Generation.
+
+
+@pytest.mark.parametrize("what", ["images", "videos"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_generation(family: str, what: str, tmp_path: Path) -> None:
+    """Rows of unequal length; transformers needs them padded on the left.
+
+    transformers 5.23 goes on at one more than the position of the last token, which is the right place if its prompt has
+    positions by the original rule; by its own rule it would use those of a long video a second time.
+    """
+    theirs = reference(family)
+    theirs.save_pretrained(tmp_path)
+    ours = vlkit.from_pretrained(tmp_path)
+    tensors = inputs(family, ROWS[:2] if what == "images" else ROWS, left=True)
+    batch = ours.pack(**tensors)
+    got = ours.generate(batch, max_new_tokens=12, stop=())
+    more = {"position_ids": grid_axes(ours.positions(batch), tensors, text=True)} if what == "videos" else {}
+    want = theirs.generate(**tensors, **more, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert got == want[:, tensors["input_ids"].shape[1] :].tolist()
+
+
+# Fine-tunes for screens.
+
+
+def test_ui_tars_1_0_and_aguvis_folders(tmp_path: Path) -> None:
+    """Qwen2-VL as saved by transformers 4.45: flat, names in the old layout, copies of defaults, two more tokens in Aguvis."""
+    theirs = reference("qwen2-vl")
+    theirs.save_pretrained(tmp_path)
+    vision = CONFIGS["qwen2-vl"][2]
+    config = {
+        **TEXT2, **IDS, "_name_or_path": "Qwen/Qwen2-VL-7B-Instruct", "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl", "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 199, "hidden_act": "silu",
+        "initializer_range": 0.02, "max_window_layers": 28, "sliding_window": 32768, "use_sliding_window": False,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.45.0.dev0", "use_cache": False,
+        "rope_scaling": {"mrope_section": [1, 3, 2], "rope_type": "default", "type": "default"}, "vision_token_id": 189,
+        "vision_config": {**vision, "in_chans": 3, "spatial_patch_size": 3, "model_type": "qwen2_vl"},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").unlink()
+    ours = vlkit.from_pretrained(tmp_path)
+    assert ours.config.stop_ids == (199,)
+    compare(ours, theirs, inputs("qwen2-vl"))
+
+
+def test_ui_tars_1_5_folder(tmp_path: Path) -> None:
+    """Qwen2.5-VL as saved by transformers 4.52: text_config and copies at the top, tied only inside, names in either layout."""
+    theirs = reference("qwen2.5-vl", tied=True)
+    theirs.save_pretrained(tmp_path)
+    rope = {"mrope_section": [1, 3, 2], "rope_type": "default", "type": "default"}
+    text = {**TEXT2, "rope_scaling": rope, "model_type": "qwen2_5_vl_text", "image_token_id": None, "video_token_id": None,
+            "layer_types": ["full_attention"] * 3, "tie_word_embeddings": True, "eos_token_id": 198,
+            "sliding_window": None}  # fmt: skip
+    vision = {
+        **CONFIGS["qwen2.5-vl"][2],
+        "model_type": "qwen2_5_vl",
+        "in_channels": 3,
+        "in_chans": 3,
+        "hidden_act": "silu",
+    }
+    config = {
+        **TEXT2, "rope_scaling": rope, **IDS, "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl", "text_config": text, "vision_config": vision, "transformers_version": "4.54.0",
+        "eos_token_id": 198,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").unlink()
+    for change in (lambda tensors: tensors, new_layout):
+        rewrite(tmp_path, change)
+        ours = vlkit.from_pretrained(tmp_path)
+        assert ours.llm.lm_head is None
+        compare(ours, theirs, inputs("qwen2.5-vl"))

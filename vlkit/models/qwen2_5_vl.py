@@ -27,6 +27,11 @@ from vlkit.vision import qwen2_5_vit
 from vlkit.vision.qwen2_5_vit import Qwen25ViTConfig
 
 TICKS_PER_SECOND = 2.0
+UNWRITTEN = {  # the width of the tower is always written: its class would have that of the decoder
+    "depth": 32, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2,
+    "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "out_hidden_size": 3584,
+    "tokens_per_second": 4,
+}  # fmt: skip
 
 
 def read_config(hub: Mapping[str, Any]) -> VLMConfig:
@@ -35,7 +40,9 @@ def read_config(hub: Mapping[str, Any]) -> VLMConfig:
     Raises:
         ConfigError: A field is missing, or holds a value that this family's code would ignore.
     """
-    fields = common.read_hub(hub, "qwen2_5_vl", activation="silu", inner_tie=True, interleaved=False)
+    fields = common.read_hub(
+        hub, "qwen2_5_vl", activation="silu", inner_tie=True, interleaved=False, unwritten=UNWRITTEN
+    )
     vision, decoder = fields.vision, read_decoder(fields)
     full_layers = vision.take("fullatt_block_indexes")
     tower = Qwen25ViTConfig(
@@ -50,8 +57,7 @@ def read_config(hub: Mapping[str, Any]) -> VLMConfig:
         merge_size=vision.take("spatial_merge_size"),
     )
     vision.expect("out_hidden_size", decoder.dim)
-    # The published files say 2. Where a file is silent, every reader of this layout has counted 4.
-    ticks, tokens = vision.take("tokens_per_second", 4), fields.tokens
+    ticks, tokens = vision.take("tokens_per_second"), fields.tokens
     fields.warn_of_rest()
     return common.composed(
         "qwen2.5-vl", tower, decoder, tokens, norm="rms", merge_size=tower.merge_size, ticks_per_second=ticks

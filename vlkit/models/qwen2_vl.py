@@ -24,6 +24,11 @@ from vlkit.registry import component, register_family, register_model
 from vlkit.vision import qwen2_vit
 from vlkit.vision.qwen2_vit import Qwen2ViTConfig
 
+UNWRITTEN = {
+    "depth": 32, "embed_dim": 1280, "hidden_size": 3584, "mlp_ratio": 4, "num_heads": 16, "patch_size": 14,
+    "spatial_merge_size": 2, "temporal_patch_size": 2,
+}  # fmt: skip
+
 
 def read_config(hub: Mapping[str, Any]) -> VLMConfig:
     """Qwen2-VL's config.json as a VLMConfig.
@@ -31,7 +36,9 @@ def read_config(hub: Mapping[str, Any]) -> VLMConfig:
     Raises:
         ConfigError: A field is missing, or holds a value that this family's code would ignore.
     """
-    fields = common.read_hub(hub, "qwen2_vl", activation="quick_gelu", inner_tie=True, interleaved=False)
+    fields = common.read_hub(
+        hub, "qwen2_vl", activation="quick_gelu", inner_tie=True, interleaved=False, unwritten=UNWRITTEN
+    )
     vision, decoder = fields.vision, read_decoder(fields)
     dim, ratio = vision.take("embed_dim"), vision.take("mlp_ratio")
     tower = Qwen2ViTConfig(

@@ -96,7 +96,13 @@ class HubConfig:
 
 
 def read_hub(
-    hub: Mapping[str, Any], model_type: str, *, activation: str, inner_tie: bool, interleaved: bool
+    hub: Mapping[str, Any],
+    model_type: str,
+    *,
+    activation: str,
+    inner_tie: bool,
+    interleaved: bool,
+    unwritten: Mapping[str, Any] | None = None,
 ) -> HubConfig:
     """Find the parts of a config.json, and what stands in different places.
 
@@ -108,6 +114,8 @@ def read_hub(
             only there for Qwen2-VL and Qwen2.5-VL. For Qwen3-VL the one at the top decides alone: the class of its mixture
             of experts has true as the default inside, which re-saved files of untied models then show.
         interleaved: Whether the sections of rotary wavelengths are mixed.
+        unwritten: What a vision_config means that leaves a field out. Releases of transformers from 4.45 on wrote only what
+            differs from the values of the class, so a fine-tune of a published model may say next to nothing of its tower.
 
     Raises:
         ConfigError: A field is missing, or holds a value that this family's code would ignore.
@@ -115,6 +123,7 @@ def read_hub(
     top = HubFields(hub, "config.json")
     nested = top.take("text_config", None) is not None
     text, vision = top.part("text_config") if nested else top, top.part("vision_config")
+    vision.values = {**(unwritten or {}), **vision.values}
     if nested:
         text.expect("model_type", f"{model_type}_text", model_type)
     vision.expect("model_type", f"{model_type}_vision", model_type)
