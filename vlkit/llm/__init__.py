@@ -7,6 +7,7 @@ from vlkit.llm.output import DecoderOutput, Deep
 from vlkit.llm.qwen import QwenConfig, build_qwen
 from vlkit.llm.qwen2 import Qwen2Config, build_qwen2
 from vlkit.llm.qwen3 import Qwen3Config, build_qwen3
+from vlkit.llm.starting_points import load_decoder
 
 __all__ = [
     "Decoder",
@@ -22,4 +23,5 @@ __all__ = [
     "build_qwen",
     "build_qwen2",
     "build_qwen3",
+    "load_decoder",
 ]
