@@ -19,8 +19,18 @@ from vlkit.errors import (
     PlaceholderMismatchError,
     SequenceTooLongError,
     TemplateError,
+    VideoError,
 )
-from vlkit.processing import CHAT_FORMATS, ByteTokenizer, ImageRule, Processor, ProcessorConfig, pack_images
+from vlkit.processing import (
+    CHAT_FORMATS,
+    ByteTokenizer,
+    ImageRule,
+    Processor,
+    ProcessorConfig,
+    VideoRule,
+    pack_images,
+    pack_video,
+)
 
 PROCESSOR = Processor(ProcessorConfig(image=ImageRule(patch_size=4)))
 
@@ -114,6 +124,148 @@ def test_images_may_come_beside_the_messages() -> None:
     assert expected.patches is not None
     assert torch.equal(batch.patches.tokens, expected.patches.tokens)
     assert torch.equal(PROCESSOR([[message]] * 2, [[first, first]] * 2).ids.unpack()[1], batch.ids.tokens)
+
+
+def test_one_image_needs_no_list() -> None:
+    slot = {"role": "user", "content": [{"type": "image"}]}
+    expected = PROCESSOR([question("", picture(5, 9))])
+
+    for image in (picture(5, 9), np.asarray(picture(5, 9))):
+        assert torch.equal(PROCESSOR([slot], image).ids.tokens, expected.ids.tokens)
+        assert PROCESSOR([[slot]] * 2, [image, [image]]).ids.layout.num_items == 2
+    with pytest.raises(PlaceholderMismatchError, match="2 conversations, but Image"):
+        PROCESSOR([[slot]] * 2, picture(5, 9))
+    with pytest.raises(ImageError, match=r"image 0: expected a path, bytes, .* found builtins\.int"):
+        PROCESSOR([slot], 7)
+
+
+VIDEOS = Processor(
+    ProcessorConfig(
+        chat=CHAT_FORMATS["qwen3-vl"].replace(stop=("<|im_end|>",)),
+        image=ImageRule(patch_size=4, fit="resize", max_patches=None, frames_per_patch=2),
+        video=VideoRule(budget="video", min_pixels=64, max_pixels=100_000, spacing="ends", multiple=1),
+    )
+)
+
+
+def clip(num_frames: int, height: int = 9, width: int = 17) -> list[Image.Image]:
+    return [picture(height, width, seed) for seed in range(num_frames)]
+
+
+def watch(*parts: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+def test_images_and_videos_keep_their_order() -> None:
+    """Every time step of Qwen3-VL is an item of its own, between its time and the marks."""
+    image, frames = picture(5, 9), clip(3)
+
+    batch = VIDEOS(watch({"type": "video", "video": frames}, {"type": "image", "image": image}))
+
+    rule, video = VIDEOS.config.image, VIDEOS.config.video
+    moving, still = pack_video(frames, rule, video).patches, pack_images([image], rule)
+    assert batch.patches is not None
+    assert batch.patches.layout.grids == ((1, 2, 4), (1, 2, 4), *(still.layout.grids or ()))
+    assert torch.equal(batch.patches.tokens, torch.cat([moving.tokens, still.tokens]))
+    assert batch.seconds == (0.0, 0.0, 0.0)
+    text = VIDEOS.decode(batch.ids.tokens, skip_special=False)
+    step = "<|vision_start|><|video_pad|><|video_pad|><|vision_end|>"
+    assert f"user\n<0.2 seconds>{step}<1.0 seconds>{step}<|vision_start|><|image_pad|>" in text
+
+
+def test_a_video_is_one_item_where_its_steps_are_not_parted() -> None:
+    processor = Processor(VIDEOS.config.replace(chat=CHAT_FORMATS["chatml"], video=VideoRule(min_pixels=64)))
+
+    batch = processor(watch({"type": "image", "image": picture(5, 9)}, {"type": "video", "video": clip(60), "fps": 15}))
+
+    assert batch.patches is not None
+    assert batch.patches.layout.grids is not None
+    assert batch.patches.layout.grids[1] == (4, 2, 4)
+    assert batch.seconds == (0.0, 1.0)  # two frames a second, two frames a step
+    assert int((batch.ids.tokens == processor.video_token_id).sum()) == 8
+
+
+def test_videos_may_come_beside_the_messages() -> None:
+    slot = {"type": "video"}
+    expected = VIDEOS(watch({"type": "video", "video": clip(3)}))
+
+    for videos in (np.stack([np.asarray(frame) for frame in clip(3)]), [clip(3)]):
+        got = VIDEOS(watch(slot), videos=videos)
+        assert got.patches is not None
+        assert expected.patches is not None
+        assert torch.equal(got.ids.tokens, expected.ids.tokens)
+        assert torch.equal(got.patches.tokens, expected.patches.tokens)
+    with pytest.raises(PlaceholderMismatchError, match="1 video parts hold no video, 0 videos were given"):
+        VIDEOS(watch(slot))
+
+
+def test_errors_of_videos_name_them() -> None:
+    good = {"type": "video", "video": clip(3)}
+
+    with pytest.raises(VideoError, match="conversation 1: video 1: it has no frames"):
+        VIDEOS([watch(good), watch(good, {"type": "video", "video": []})])
+    with pytest.raises(ImageError, match=r"image 1: .*NaN"):
+        VIDEOS(
+            watch({"type": "image", "image": picture(3, 3)}, good, {"type": "image", "image": np.full((3, 3), np.nan)})
+        )
+    with pytest.raises(TemplateError, match="this chat format has no videos"):
+        PROCESSOR(watch(good))
+    with pytest.raises(VideoError, match=r"no ProcessorConfig.video: its model sees images only"):
+        Processor(VIDEOS.config.replace(video=None))(watch(good))
+    with pytest.raises(ConfigError, match="the chat format has no video_token"):
+        ProcessorConfig(video=VideoRule())
+    with pytest.raises(SequenceTooLongError, match="for 0 images and 1 videos"):
+        Processor(VIDEOS.config.replace(max_length=5))(watch(good))
+
+
+def test_batches_with_and_without_videos_join() -> None:
+    alone = [watch({"type": "video", "video": clip(3)}), watch({"type": "image", "image": picture(5, 9)}), watch()]
+
+    together = VIDEOS(alone)
+
+    assert together.patches is not None
+    assert together.patches.layout.num_items == 3
+    assert together.seconds == (0.0, 0.0, 0.0)
+
+
+def test_a_video_processor_comes_back(tmp_path: Path) -> None:
+    VIDEOS.save_pretrained(tmp_path)
+
+    assert Processor.from_pretrained(tmp_path).config == VIDEOS.config
+
+
+def test_thinking_and_tools_are_asked_for() -> None:
+    processor = Processor(VIDEOS.config.replace(chat=CHAT_FORMATS["qwen3"].replace(stop=("<|im_end|>",))))
+    think, done = processor.tokenizer.special["<think>"], processor.tokenizer.special["</think>"]
+
+    assert processor([question("a")], thinking=False).ids.tokens.tolist()[-6:] == [think, 10, 10, done, 10, 10]
+    text = processor.decode(processor([question("a")], tools=[{"name": "f"}], number_visuals=True).ids.tokens)
+    assert '<tools>\n{"name": "f"}\n</tools>' in text
+    with pytest.raises(TemplateError, match="begin an answer that is still to come"):
+        processor([question("a"), ANSWER], thinking=False, labels=True)
+
+
+def test_a_template_may_stand_for_a_format_with_videos() -> None:
+    """The marks that a template puts around a video go around its steps, as in the format."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}{% if p.type == 'video' %}"
+        "{% if add_vision_id %}Video 1: {% endif %}<|vision_start|><|video_pad|><|vision_end|>{% elif p.type == 'image' %}"
+        "{% if add_vision_id %}Picture 1: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
+        "{% else %}{{ p.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = watch(
+        {"type": "text", "text": "<|video_pad|>"},
+        {"type": "image", "image": picture(5, 9)},
+        {"type": "video", "video": clip(5)},
+    )
+
+    for options in ({}, {"number_visuals": True}):
+        for outer in ({}, {"video_prefix": "<|vision_start|>", "video_suffix": "<|vision_end|>"}):
+            config = VIDEOS.config.replace(chat=VIDEOS.config.chat.replace(**outer))
+            by_template = Processor(config.replace(template=template))(messages, **options)
+            by_format = Processor(config)(messages, **options)
+            assert torch.equal(by_template.ids.tokens, by_format.ids.tokens)
 
 
 @pytest.mark.parametrize(("slots", "given"), [(1, 0), (0, 1), (2, 1), (1, 2)])
@@ -235,6 +387,14 @@ def test_a_tokenizer_that_is_not_the_configs_is_refused(tmp_path: Path) -> None:
         Processor(PROCESSOR.config.replace(tokenizer="files"), ByteTokenizer())
     with pytest.raises(ConfigError, match="the Words has no files"):
         Processor(PROCESSOR.config.replace(tokenizer="files"), Words()).save_pretrained(tmp_path)
+
+
+def test_a_file_is_no_folder_to_save_into(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(CheckpointError, match="cannot be made a folder"):
+            PROCESSOR.save_pretrained(path)
 
 
 def test_a_folder_without_a_processor_is_refused(tmp_path: Path) -> None:
