@@ -159,7 +159,7 @@ def compare(ours: VisionLanguageModel, theirs: Any, tensors: dict[str, Any], *, 
         got = ours(replace(batch, positions=positions)).logits.tokens
         want = theirs(**tensors, **more).logits[tensors["attention_mask"].bool()]
     error = float((got - want).abs().max() / want.abs().max())
-    assert error <= 2e-5  # fp32, largest seen 2e-6
+    assert error <= 2e-5  # largest seen 1.4e-5; in fp32 either is 1.2e-5 away from itself in fp64
     divergence = F.kl_div(got.log_softmax(-1), want.log_softmax(-1), log_target=True, reduction="none").sum(-1)
     assert float(divergence.abs().max()) <= 1e-6
     return error
