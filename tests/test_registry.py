@@ -22,7 +22,7 @@ class ToyConfig(Config):
 @pytest.fixture(autouse=True)
 def _restore(monkeypatch: pytest.MonkeyPatch) -> None:
     registry.load_plugins()
-    for table in ("_components", "_by_config", "_models", "_families"):
+    for table in ("_components", "_by_config", "_prefixes", "_models", "_families"):
         monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
 
 
@@ -50,6 +50,21 @@ def test_a_name_is_given_once() -> None:
         registry.register_component("vision", ToyConfig, nn.Identity, {"toy": ToyConfig()})
     with pytest.raises(VlkitError, match="kind 'tower'"):
         registry.register_component("tower", ToyConfig, nn.Identity, {"toy": ToyConfig(), "toy-tiny": ToyConfig()})
+
+
+def test_a_prefix_makes_configs_of_names() -> None:
+    """For parts with more sizes than can be listed."""
+    toys = registry.register_component("vision", ToyConfig, nn.Identity, {"toy": ToyConfig(), "toy-tiny": ToyConfig()})
+    registry.register_prefix("vision", "toy", lambda name: ToyConfig(dim=int(name)))
+    found = registry.component("vision", "toy:12")
+    assert found.configs == {"toy:12": ToyConfig(dim=12)}
+    assert (found.name, found.module) == (toys.name, toys.module)
+    with pytest.raises(UnknownModelError, match=r"'toi:12'.*toy"):
+        registry.component("vision", "toi:12")
+    with pytest.raises(VlkitError, match="'toy' is registered already"):
+        registry.register_prefix("vision", "toy", lambda name: ToyConfig())
+    with pytest.raises(VlkitError, match="kind 'tower'"):
+        registry.register_prefix("tower", "toy", lambda name: ToyConfig())
 
 
 def test_a_plug_in_registers_by_its_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:

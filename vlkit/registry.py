@@ -2,6 +2,7 @@
 
     register_component("vision", MoonViTConfig, MoonViT, {"moonvit": MoonViTConfig(), "moonvit-tiny": MoonViTConfig(dim=32, ...)})
     component("vision", "moonvit")          -> Component(kind, name, config class, module, named configs)
+    component("vision", "timm:test_vit")    -> likewise; what stands behind a registered prefix is made into a config
     component_of(MoonViTConfig())           -> the same
     list_components("vision", "*tiny*")     -> ["moonvit-tiny"]
 
@@ -15,7 +16,7 @@ import fnmatch
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ class Component:
 
 _components: dict[tuple[str, str], Component] = {}
 _by_config: dict[type[Config], Component] = {}
+_prefixes: dict[tuple[str, str], Callable[[str], Config]] = {}
 _models: dict[str, Callable[[], Any]] = {}
 _families: dict[str, Any] = {}
 
@@ -89,6 +91,25 @@ def register_component(
     return made
 
 
+def register_prefix(kind: str, prefix: str, make_config: Callable[[str], Config]) -> None:
+    """Make `prefix:anything` a name of a part, for parts that have more named sizes than can be listed.
+
+    Args:
+        kind: "vision", "projector" or "llm".
+        prefix: What stands before the colon.
+        make_config: From what stands behind it to a config of a registered class; raises UnknownModelError with the nearest
+            names.
+
+    Raises:
+        VlkitError: An unknown kind, or a prefix that is taken.
+    """
+    if kind not in KINDS:
+        raise VlkitError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
+    if (kind, prefix) in _prefixes:
+        raise VlkitError(f"{kind} prefix {prefix!r} is registered already")
+    _prefixes[kind, prefix] = make_config
+
+
 def register_model(name: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
     """Decorate a function that returns the ModelSpec called `name`; it runs when the model is asked for."""
 
@@ -121,7 +142,7 @@ def load_plugins() -> None:
 
 
 def component(kind: str, name: str) -> Component:
-    """The part of a kind that has a config of this name.
+    """The part of a kind that has a config of this name: one that is registered, or `prefix:name` of a registered prefix.
 
     Raises:
         UnknownModelError: With the nearest names.
@@ -129,6 +150,10 @@ def component(kind: str, name: str) -> Component:
     load_plugins()
     if kind not in KINDS:
         raise UnknownModelError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
+    prefix, colon, rest = str(name).partition(":")
+    if colon and (kind, prefix) in _prefixes:
+        config = _prefixes[kind, prefix](rest)
+        return replace(component_of(config), configs={name: config})
     if (kind, name) not in _components:
         raise unknown_name(
             f"{kind} component", name, [n for k, n in _components if k == kind], "vlkit.registry.register_component"

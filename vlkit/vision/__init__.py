@@ -8,6 +8,7 @@ from vlkit.vision.qwen2_vit import Qwen2ViT, Qwen2ViTConfig
 from vlkit.vision.qwen3_vit import Qwen3ViT, Qwen3ViTConfig
 from vlkit.vision.siglip2 import SigLIP2, SigLIP2Config
 from vlkit.vision.starting_points import StartingPoint, load_starting_point
+from vlkit.vision.timm_vit import TimmViT, TimmViTConfig
 
 __all__ = [
     "AIMv2",
@@ -25,5 +26,7 @@ __all__ = [
     "SigLIP2",
     "SigLIP2Config",
     "StartingPoint",
+    "TimmViT",
+    "TimmViTConfig",
     "load_starting_point",
 ]
