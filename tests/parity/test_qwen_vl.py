@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vlkit
+from tests.models.qwen_files import SIZES, published_config
 from vlkit.errors import KeyMismatchError
 from vlkit.models import VisionLanguageModel
 from vlkit.models.pretrained import layouts_of
+from vlkit.registry import families
 
 transformers = pytest.importorskip("transformers")
 
@@ -300,6 +302,25 @@ def test_gradients(family: str, tmp_path: Path) -> None:
     grads = keys.to_ours({name: p.grad for name, p in theirs.named_parameters()})
     for name, parameter in ours.named_parameters():
         assert (parameter.grad - grads[name]).abs().max() <= 1e-4 * grads[name].abs().max(), name
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_written_configs_mean_the_published_ones_to_transformers(name: str) -> None:
+    family = families()[SIZES[name].family]
+    published = published_config(name)
+    written = family.write_config(family.read_config(published))
+    cls = getattr(transformers, f"{CONFIGS[family.name][0]}Config")
+    theirs, ours = (cls.from_dict(values).to_dict() for values in (published, written))
+    # What a model never asks for: types of the file, padding, training, and windows where they are switched off.
+    without_effect = {"torch_dtype", "dtype", "transformers_version", "bos_token_id", "eos_token_id", "max_window_layers",
+                      "vision_token_id", "sliding_window", "spatial_patch_size", "in_chans", "tie_word_embeddings",
+                      "norm_topk_prob", "use_sliding_window", "model_type"}  # fmt: skip
+    assert ours["tie_word_embeddings"] == theirs["tie_word_embeddings"] == SIZES[name].tied
+    for part in ("text_config", "vision_config"):
+        for field in {*theirs[part], *ours[part]} - without_effect:
+            assert ours[part].get(field) == theirs[part].get(field), f"{part}.{field}"
+    for field in IDS:
+        assert ours[field] == theirs[field]
 
 
 # Generation.

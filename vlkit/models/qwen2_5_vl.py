@@ -121,9 +121,7 @@ def published(size: str, tower: str, num_parameters: int) -> ModelSpec:
     config = composed(
         component("vision", tower).configs[tower], component("llm", name).configs[name], common.PUBLISHED_TOKENS
     )
-    return common.published_spec(
-        config, f"Qwen/Qwen2.5-VL-{size}-Instruct", num_parameters, chat="chatml", image=common.QWEN2_IMAGES
-    )
+    return common.published_spec(config, f"Qwen/Qwen2.5-VL-{size}-Instruct", common.QWEN2_PROCESSOR, num_parameters)
 
 
 @register_model("qwen2.5-vl-3b")
@@ -159,4 +157,4 @@ def qwen2_5_vl_tiny() -> ModelSpec:
         decoder.replace(rope_sections=(2, 3, 3)),
         common.byte_tokens(),
     )
-    return common.tiny_spec(config, 88_032, chat="chatml", image=common.QWEN2_IMAGES)
+    return common.tiny_spec(config, common.QWEN2_PROCESSOR, 88_032)

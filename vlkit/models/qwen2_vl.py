@@ -134,9 +134,8 @@ def published(size: str, num_parameters: int) -> ModelSpec:
     return common.published_spec(
         common.composed("qwen2-vl", Qwen2ViTConfig(), decoder, common.PUBLISHED_TOKENS),
         f"Qwen/Qwen2-VL-{size}-Instruct",
+        common.QWEN2_PROCESSOR,
         num_parameters,
-        chat="chatml",
-        image=common.QWEN2_IMAGES,
     )
 
 
@@ -168,7 +167,6 @@ def qwen2_vl_tiny() -> ModelSpec:
         common.composed(
             "qwen2-vl", tower.replace(mlp_dim=64), decoder.replace(rope_sections=(2, 3, 3)), common.byte_tokens()
         ),
+        common.QWEN2_PROCESSOR,
         87_104,
-        chat="chatml",
-        image=common.QWEN2_IMAGES,
     )

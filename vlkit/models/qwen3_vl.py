@@ -223,7 +223,7 @@ def published(size: str, tower: str, num_parameters: int, active: int | None = N
         common.PUBLISHED_TOKENS,
     )
     return common.published_spec(
-        config, f"Qwen/Qwen3-VL-{size}-Instruct", num_parameters, active, chat="qwen3-vl", image=common.QWEN3_IMAGES
+        config, f"Qwen/Qwen3-VL-{size}-Instruct", common.QWEN3_PROCESSOR, num_parameters, active
     )
 
 
@@ -272,7 +272,7 @@ def tiny(family: str, decoder: str, num_parameters: int, active: int | None = No
         llm.replace(rope_sections=(3, 1, 1), rope_interleaved=True),
         common.byte_tokens(),
     )
-    return common.tiny_spec(config, num_parameters, active, chat="qwen3-vl", image=common.QWEN3_IMAGES)
+    return common.tiny_spec(config, common.QWEN3_PROCESSOR, num_parameters, active)
 
 
 @register_model("qwen3-vl-tiny")

@@ -20,7 +20,7 @@ from vlkit.errors import ConfigError
 from vlkit.hub.keymap import KeyMap, Pattern, drop
 from vlkit.models.family import Checkpoint, HubFields, ModelSpec
 from vlkit.models.vlm import VLMConfig
-from vlkit.processing import CHAT_FORMATS, ByteTokenizer, ImageRule, ProcessorConfig
+from vlkit.processing import CHAT_FORMATS, ByteTokenizer, ImageRule, ProcessorConfig, VideoRule
 from vlkit.projectors.patch_merger import PatchMergerConfig
 
 IMAGE_TOKEN, VIDEO_TOKEN = 151655, 151656  # <|image_pad|>, <|video_pad|>
@@ -32,17 +32,27 @@ TEXT_WITHOUT_EFFECT = (  # training only, serving only, or fixed by the architec
     "max_window_layers", "output_router_logits", "router_aux_loss_coef", *TOKEN_FIELDS,
 )  # fmt: skip
 
-QWEN2_IMAGES = ImageRule(
-    fit="resize", patch_size=14, frames_per_patch=2, max_patches=None, max_side=None, min_pixels=4 * 28 * 28,
-    max_pixels=16384 * 28 * 28, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
+QWEN2_PROCESSOR = ProcessorConfig(
+    tokenizer="files",
+    chat=CHAT_FORMATS["chatml"],
+    image=ImageRule(
+        fit="resize", patch_size=14, frames_per_patch=2, max_patches=None, max_side=None, min_pixels=4 * 28 * 28,
+        max_pixels=16384 * 28 * 28, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
+    ),
+    video=VideoRule(),
 )  # fmt: skip
-"""How Qwen2-VL and Qwen2.5-VL size their images: 4 to 16,384 tokens."""
+"""How Qwen2-VL and Qwen2.5-VL prepare chats: images of 4 to 16,384 tokens, frames of 128 to 768."""
 
-QWEN3_IMAGES = ImageRule(
-    fit="resize", patch_size=16, frames_per_patch=2, max_patches=None, max_side=None, min_pixels=64 * 32 * 32,
-    max_pixels=16384 * 32 * 32,
+QWEN3_PROCESSOR = ProcessorConfig(
+    tokenizer="files",
+    chat=CHAT_FORMATS["qwen3-vl"],
+    image=ImageRule(
+        fit="resize", patch_size=16, frames_per_patch=2, max_patches=None, max_side=None, min_pixels=64 * 32 * 32,
+        max_pixels=16384 * 32 * 32,
+    ),
+    video=VideoRule(multiple=1, spacing="ends", budget="video", min_pixels=4 * 32 * 32, max_pixels=24576 * 32 * 32),
 )  # fmt: skip
-"""How Qwen3-VL does: 64 to 16,384 tokens."""
+"""How Qwen3-VL does: images of 64 to 16,384 tokens, and 4 to 24,576 cells of 32x32 pixels in all frames of a video."""
 
 
 @dataclass(frozen=True)
@@ -337,30 +347,23 @@ def byte_tokens() -> dict[str, Any]:
 
 
 def published_spec(
-    config: VLMConfig, repo_id: str, num_parameters: int, active: int | None = None, *, chat: str, image: ImageRule
+    config: VLMConfig, repo_id: str, processor: ProcessorConfig, num_parameters: int, active: int | None = None
 ) -> ModelSpec:
-    """A published model; its vocabulary comes from files."""
-    return ModelSpec(
-        config=config,
-        processor=ProcessorConfig(tokenizer="files", chat=CHAT_FORMATS[chat], image=image),
-        num_parameters=num_parameters,
-        num_active_parameters=active or num_parameters,
-        checkpoint=Checkpoint(repo_id),
-    )
+    """A published model."""
+    return ModelSpec(config, processor, num_parameters, active or num_parameters, Checkpoint(repo_id))
 
 
 def tiny_spec(
-    config: VLMConfig, num_parameters: int, active: int | None = None, *, chat: str, image: ImageRule
+    config: VLMConfig, processor: ProcessorConfig, num_parameters: int, active: int | None = None
 ) -> ModelSpec:
-    """A model over bytes, whose images have 4 to 64 tokens."""
+    """A model over bytes, whose images and videos have few tokens."""
     patch_size: int = config.vision.patch_size  # type: ignore[attr-defined]
-    token = (image.merge_size * patch_size) ** 2
-    return ModelSpec(
-        config=config,
-        processor=ProcessorConfig(
-            chat=CHAT_FORMATS[chat],
-            image=image.replace(patch_size=patch_size, min_pixels=4 * token, max_pixels=64 * token),
-        ),
-        num_parameters=num_parameters,
-        num_active_parameters=active or num_parameters,
+    token = (processor.image.merge_size * patch_size) ** 2
+    limits = {"min_pixels": 4 * token, "max_pixels": 64 * token}
+    assert processor.video is not None
+    processor = processor.replace(
+        tokenizer="bytes",
+        image=processor.image.replace(patch_size=patch_size, **limits),
+        video=processor.video.replace(**limits),
     )
+    return ModelSpec(config, processor, num_parameters, active or num_parameters)
