@@ -188,7 +188,8 @@ def apply_rotary(
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
     if pairing == "half":
         if not (torch.compiler.is_compiling() or cos.requires_grad or sin.requires_grad):
-            return _TurnedHalves.apply(wide, cos, sin).to(x.dtype)
+            turn = _TurnedHalves.apply if wide.requires_grad and torch.is_grad_enabled() else _turned_halves
+            return turn(wide, cos, sin).to(x.dtype)
         a, b = wide.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
     raise ConfigError(f"pairing {pairing!r} is neither 'interleaved' nor 'half'")
@@ -201,17 +202,22 @@ def _paired(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, 2))
 
 
+def _turned_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The "half" pairing written straight into its result, in a quarter of the formula's time."""
+    (a, b), out = x.chunk(2, dim=-1), torch.empty_like(x)
+    first, second = out.chunk(2, dim=-1)
+    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
+    torch.mul(a, sin, out=second).addcmul_(b, cos)
+    return out
+
+
 class _TurnedHalves(torch.autograd.Function):
-    """The "half" pairing written straight into its result, in a quarter of the formula's time. The gradient turns back."""
+    """`_turned_halves`, whose gradient turns back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        (a, b), out = x.chunk(2, dim=-1), torch.empty_like(x)
-        first, second = out.chunk(2, dim=-1)
-        torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
-        torch.mul(a, sin, out=second).addcmul_(b, cos)
-        return out
+        return _turned_halves(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
