@@ -358,6 +358,23 @@ def test_a_prompt_is_written_as_the_published_chat_writes_it() -> None:
     assert special["<|vision_pad|>"] == spec.config.image_token_id
 
 
+@pytest.mark.parametrize("size", ["0.6b", "4b"])
+def test_the_files_of_a_repository_give_the_processor_of_the_registered_model(size: str, tmp_path: Path) -> None:
+    """Of preprocessor_config.json only mean and std count; its limits are read by nothing in the published code either."""
+    from vlkit.processing.hub_files import processor_config
+
+    spec = model_spec(f"andesvl-{size}").processor
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor", "image_mean": spec.image.mean, "image_std": spec.image.std,
+        "do_resize": False, "do_center_crop": False, "min_pixels": 200704, "max_pixels": 2408448, "hidden_stride": 2,
+        "patch_size": 14,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(published(size)))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    found = processor_config(tmp_path)
+    assert (found.image, found.chat, found.tokenizer) == (spec.image, spec.chat, spec.tokenizer)
+
+
 @pytest.mark.parametrize(
     ("size", "sides", "tokens"),
     [

@@ -70,12 +70,20 @@ def read_config(hub: Mapping[str, Any]) -> VLMConfig:
     top.warn_of_rest("bos_token_id", "pad_token_id", "use_cache", "tie_word_embeddings", "eos_token_id")
     vision.warn_of_rest(*VISION_WITHOUT_EFFECT)
     text.warn_of_rest(*TEXT_WITHOUT_EFFECT)
+    return composed(tower, decoder, merge_size=merge_size, image_token_id=image_token, stop_ids=tuple(ids))
+
+
+def composed(
+    tower: Config, decoder: Config, *, image_token_id: int, stop_ids: tuple[int, ...], merge_size: int = 2
+) -> VLMConfig:
+    """A tower and a decoder with the projector that joins them."""
+    in_dim, out_dim = tower.out_dim, decoder.dim  # type: ignore[attr-defined]
     return VLMConfig(
         vision=tower,
-        projector=PixelShuffleConfig(in_dim=tower.out_dim, out_dim=decoder.dim, merge_size=merge_size, norm="none"),
+        projector=PixelShuffleConfig(in_dim=in_dim, out_dim=out_dim, merge_size=merge_size, norm="none"),
         llm=decoder,
-        image_token_id=image_token,
-        stop_ids=tuple(ids),
+        image_token_id=image_token_id,
+        stop_ids=stop_ids,
         family="andesvl",
     )
 
@@ -324,14 +332,7 @@ def published(size: str, variant: str) -> ModelSpec:
     tower: Any = component("vision", tower_name).configs[tower_name]
     decoder: Any = component("llm", decoder_name).configs[decoder_name]
     return ModelSpec(
-        config=VLMConfig(
-            vision=tower,
-            projector=PixelShuffleConfig(in_dim=tower.out_dim, out_dim=decoder.dim, norm="none"),
-            llm=decoder,
-            image_token_id=IMAGE_TOKEN,
-            stop_ids=(END_OF_TURN, END_OF_TEXT),
-            family="andesvl",
-        ),
+        config=composed(tower, decoder, image_token_id=IMAGE_TOKEN, stop_ids=(END_OF_TURN, END_OF_TEXT)),
         processor=ProcessorConfig(tokenizer="files", chat=CHAT_FORMATS["andesvl"], image=image_rule(tower)),
         num_parameters=num_parameters,
         num_active_parameters=num_parameters,
@@ -346,13 +347,11 @@ def tiny(tower_name: str, num_parameters: int) -> ModelSpec:
     special = ByteTokenizer().special
     token = (2 * tower.patch_size) ** 2
     return ModelSpec(
-        config=VLMConfig(
-            vision=tower,
-            projector=PixelShuffleConfig(in_dim=tower.out_dim, out_dim=decoder.dim, norm="none"),
-            llm=decoder,
+        config=composed(
+            tower,
+            decoder,
             image_token_id=special["<|vision_pad|>"],
             stop_ids=(special["<|im_end|>"], special["<|endoftext|>"]),
-            family="andesvl",
         ),
         processor=ProcessorConfig(
             chat=CHAT_FORMATS["andesvl"],
