@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -328,7 +329,76 @@ def test_a_buffer_that_no_file_holds_is_refused_on_meta(tmp_path: Path) -> None:
         load(write_folder_of(tmp_path, published()), model)
 
 
-# One copy.
+# One copy, or none.
+
+
+def test_tensors_that_fit_as_they_are_stay_in_the_file_until_they_are_written_to(tmp_path: Path) -> None:
+    theirs = published()
+    folder = write_folder_of(tmp_path, theirs)
+    before = (folder / "model.safetensors").read_bytes()
+    model, _ = load(folder)
+    checkpoint = open_checkpoint(folder)
+
+    whole = model.embedding.weight
+    assert is_mapped(whole, folder)
+    assert is_mapped(model.patch.bias, folder)
+    assert not is_mapped(model.blocks[0].q.weight, folder)  # type: ignore[union-attr, arg-type]
+    assert not is_mapped(model.blocks[0].experts.up, folder)  # type: ignore[union-attr, arg-type]
+    assert whole.untyped_storage().nbytes() == whole.numel() * 2  # so that torch.save writes no more than it holds
+
+    with torch.no_grad():
+        whole.add_(1)
+    whole.float().sum().backward()
+
+    assert torch.equal(whole, theirs["wte"] + 1)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert torch.equal(checkpoint.read("wte"), theirs["wte"])
+
+
+@pytest.mark.parametrize("options", [{"mapped": False}, {"dtype": torch.float32}])
+def test_tensors_are_copied_when_asked_for_or_cast(tmp_path: Path, options: dict[str, Any]) -> None:
+    folder = write_folder_of(tmp_path, published())
+
+    model, _ = load(folder, **options)
+
+    assert not any(is_mapped(tensor, folder) for tensor in model.state_dict().values())
+
+
+def is_mapped(tensor: Tensor, folder: Path) -> bool:
+    """Whether the memory of a tensor is that of a file in the folder."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        if first <= tensor.data_ptr() < last:
+            return str(folder) in line
+    raise AssertionError("not in the map of this process")
+
+
+def test_pages_that_were_copied_no_longer_count(tmp_path: Path) -> None:
+    """Of a file of 48 MB whose tensors are all copied, no more than one tensor is in memory at the end."""
+    size = 2**20
+    tensors = [(f"e.{e}.up", torch.float32, (size,)) for e in range(12)]
+    write_checkpoint(tmp_path, tensors, lambda name: torch.ones(size))
+    model = nn.Module()
+    model.up = nn.Parameter(torch.empty(12, size, device="meta"))
+    checkpoint = open_checkpoint(tmp_path)
+    first = checkpoint.read("e.0.up")  # keeps the map alive
+
+    load_weights(model, checkpoint, KeyMap(stack("e.{expert}.up", "up")))
+
+    assert resident_bytes(tmp_path) <= 2 * 4 * size
+    assert bool((first == 1).all())
+    assert bool((model.up == 1).all())
+
+
+def resident_bytes(folder: Path) -> int:
+    """Bytes of a folder's mapped files that are in this process's memory."""
+    inside, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = str(folder) in line
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
 
 
 @pytest.mark.parametrize("hoard", [False, True])

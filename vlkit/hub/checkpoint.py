@@ -59,6 +59,7 @@ class Checkpoint:
         tensors: Name -> type, shape and place.
         file_of: Name -> path of its file.
         metadata: Texts in the headers of the files.
+        mapped: Whether tensors are views of mapped files, each with a storage of its own.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class Checkpoint:
         file_of: dict[str, Path],
         opener: Callable[[Path], object],
         metadata: Mapping[str, str],
+        mapped: bool,
     ) -> None:
         self.folder, self.tensors, self.file_of, self.metadata = folder, tensors, file_of, metadata
+        self.mapped = mapped
         self._opener = opener
         self._open: tuple[Path, object] | None = None  # one file at a time
 
@@ -94,6 +97,11 @@ class Checkpoint:
             self._open = (path, self._opener(path))
         tensor: Tensor = self._open[1].read(name)  # type: ignore[attr-defined]
         return tensor
+
+    def release(self, name: str) -> None:
+        """A tensor was copied: its pages of the mapped file need not count as memory of this process any longer."""
+        if self.mapped and self._open is not None and self._open[0] == self.file_of[name]:
+            self._open[1].release(name)  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Let go of the mapped file. Tensors that are still in use keep theirs."""
@@ -143,13 +151,13 @@ def open_checkpoint(
         opener: Callable[[Path], object] = lambda path: MappedFile(by_path[path])  # noqa: E731
     else:
         contents = {name: _PickledFile(path).tensors for name, path in files.items()}
-        opener, metadata = _PickledFile, {}
+        opener, metadata, headers = _PickledFile, {}, {}
     if weight_map is not None:
         assert index is not None
         _check_index(folder / index, weight_map, contents)
     tensors = {name: info for infos in contents.values() for name, info in infos.items()}
     file_of = {name: files[file] for file, infos in contents.items() for name in infos}
-    return Checkpoint(folder, tensors, file_of, opener, metadata)
+    return Checkpoint(folder, tensors, file_of, opener, metadata, mapped=bool(headers))
 
 
 def _check_index(index: Path, weight_map: Mapping[str, str], contents: Mapping[str, Mapping[str, TensorInfo]]) -> None:

@@ -24,6 +24,7 @@ a router's bias stays in fp32 when the rest is bf16.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import warnings
 from collections import Counter
@@ -56,7 +57,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 LAYOUT = "vlkit_layout"  # entry in the header of the files
-CHECKED_BY_DEFAULT = 10**9  # parameters up to which NaN and infinity are looked for without being asked
+CHECKED_BY_DEFAULT = 10**8  # parameters up to which NaN and infinity are looked for without being asked: 0.03 s in bf16
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def load_weights(
     device: torch.device | str = "cpu",
     strict: bool = True,
     layout: int | None = None,
+    mapped: bool = True,
     check_finite: bool | None = None,
     allow_quantized: bool = False,
 ) -> LoadReport:
@@ -104,7 +106,9 @@ def load_weights(
         strict: False tolerates missing and unexpected names, never shapes. Missing parameters are drawn anew by their
             module's `reset_parameters`, and a warning lists them.
         layout: Which of the layouts it is, where names and shapes cannot tell; see `choose_keymap`.
-        check_finite: Look for NaN and infinity; by default in models below 10^9 parameters.
+        mapped: Let parameters on the CPU that the files hold as they are be views of the mapped files, until they are written
+            to. False copies them, for files that somebody may overwrite in place.
+        check_finite: Look for NaN and infinity; by default in models below 10^8 parameters.
         allow_quantized: Allow integers and 8-bit floats to be cast to floats, as bare numbers, without scales.
 
     Returns:
@@ -147,16 +151,23 @@ def load_weights(
     _allocate_missing(model, slots, report, torch.device(device))
     # In the order of the files, so that disks read forward and one file is mapped at a time.
     order = sorted(steps, key=lambda step: _place(checkpoint, step))
+    stays = mapped and checkpoint.mapped and torch.device(device).type == "cpu"
     with torch.no_grad():
         for step in order:
             slot = slots[step.target]
             if slot.tensor.is_meta:
+                if stays and step.rule.keeps and checkpoint.tensors[step.sources[0]].dtype == slot.dtype:
+                    slot.fill(checkpoint.read(step.sources[0]))
+                    if check_finite and slot.dtype.is_floating_point:
+                        _check_finite(slot.tensor, slot.tensor, step.sources[0], step.target)
+                    continue
                 slot.fill(torch.empty(slot.tensor.shape, dtype=slot.dtype, device=device))
             for (row, piece), source in zip(step.pieces(checkpoint.read), step.sources, strict=True):
                 target = slot.tensor if row is None else slot.tensor[row]
                 target.copy_(piece)
                 if check_finite and target.dtype.is_floating_point:
                     _check_finite(target, piece, source, step.target)
+                checkpoint.release(source)
     checkpoint.close()
     _report(model, checkpoint, report, cast, slots)
     floats = {name: stored for name, stored in cast.items() if _is_plain_float(stored)}
@@ -349,11 +360,9 @@ def _allocate_missing(model: nn.Module, slots: Mapping[str, _Slot], report: KeyR
 
 
 def _check_finite(target: Tensor, piece: Tensor, source: str, name: str) -> None:
-    if bool(torch.isfinite(target.sum(dtype=torch.float64 if target.dtype.itemsize > 4 else torch.float32))):
-        return  # a sum is much cheaper than a test of every number; finite numbers whose sum overflows go on below
+    if not target.numel() or all(map(math.isfinite, torch.aminmax(target.detach()))):
+        return  # both ends are NaN if any number is; one pass, where a test of every number takes many
     finite = torch.isfinite(target)
-    if bool(finite.all()):
-        return
     bad = (~finite).nonzero()
     overflow = bool(torch.isfinite(piece).all())
     what = f"overflows {_name(target.dtype)}; load it as bfloat16 or float32" if overflow else "is NaN or infinite"

@@ -46,6 +46,7 @@ def from_pretrained(
     strict: bool = True,
     strict_config: bool = False,
     layout: int | None = None,
+    mapped: bool = True,
     check_finite: bool | None = None,
     allow_pickle: bool = False,
 ) -> VisionLanguageModel:
@@ -63,7 +64,9 @@ def from_pretrained(
         strict_config: Refuse fields of config.json that have no effect here, instead of warning of them.
         layout: Which of the family's published layouts the weights are in, for the rare files that fit two: 0 is the one that
             the family writes, the others follow in the order of its `other_keys`.
-        check_finite: Refuse NaN and infinity; None looks for them in models below a billion parameters.
+        mapped: On the CPU, weights stay views of the mapped files until something writes to them, so that loading copies nothing.
+            False copies them, for files that somebody may overwrite in place; vlkit's own saves never do.
+        check_finite: Refuse NaN and infinity; None looks for them in models below 10^8 parameters.
         allow_pickle: Read `.bin` files if there is nothing else, with torch's weights_only loader.
 
     Raises:
@@ -99,6 +102,7 @@ def from_pretrained(
             device=device,
             strict=strict,
             layout=layout,
+            mapped=mapped,
             check_finite=check_finite,
         )
     _refuse_another_head(model, folder, report.ignored, allow_pickle)
