@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.vision.test_qwen_towers import GRIDS as PACK
-from tests.vision.test_qwen_towers import clips, difference, gradients, tiny
+from tests.vision.tower_cases import check_blocks_compile_once, difference, patches_of, tiny
 from vlkit.errors import LayoutError
 from vlkit.packing import Layout, Packed
 from vlkit.vision.qwen2_5_vit import Qwen25ViTConfig, window_order
@@ -58,7 +57,7 @@ def test_a_window_has_whole_merge_blocks() -> None:
 def test_a_window_is_an_image_of_its_own() -> None:
     """Rotary embedding knows distances only, so a window cut out of its image has the same features."""
     tower = tiny("qwen2.5-vit", full_layers=())
-    frame = clips(tower, [(6, 9)])
+    frame = patches_of(tower, [(6, 9)])
     whole = tower(frame).tokens.view(6, 9, -1)
     pixels = frame.tokens.view(6, 9, -1)
     for rows in (slice(0, 4), slice(4, 6)):
@@ -75,7 +74,7 @@ def test_full_layers_see_the_frame_in_any_order() -> None:
     for window_size in (8, 16, 400):
         torch.manual_seed(1)
         tower = tiny("qwen2.5-vit", window_size=window_size, full_layers=(0, 1))
-        features.append(tower(clips(tower, [(2, 6, 9), (3, 3)])).tokens)
+        features.append(tower(patches_of(tower, [(2, 6, 9), (3, 3)])).tokens)
     assert difference(features[0], features[2]) < 1e-12
     assert difference(features[1], features[2]) < 1e-12
 
@@ -85,7 +84,7 @@ def test_only_the_named_layers_see_the_frame() -> None:
     """A change in one window reaches another only through a full layer, from that layer on."""
     for full_layers, reaches in (((), False), ((0,), True), ((1,), True)):
         tower = tiny("qwen2.5-vit", full_layers=full_layers)
-        frame = clips(tower, [(4, 8)])
+        frame = patches_of(tower, [(4, 8)])
         changed = frame.tokens.view(4, 8, -1).clone()
         changed[:, 4:] += 1
         before, after = tower(frame).tokens, tower(frame.with_tokens(changed.flatten(0, 1))).tokens
@@ -94,17 +93,6 @@ def test_only_the_named_layers_see_the_frame() -> None:
 
 def test_the_blocks_compile_once_for_all_sizes() -> None:
     """Images and clips, with one window and with many."""
-    import torch._dynamo as dynamo
-
     tower = tiny("qwen2.5-vit")
-    packs = [clips(tower, grids) for grids in ([(3, 5)], PACK, [(1, 1), (1, 2), (2, 3, 3)])]
-    want = [(x.tokens, gradients(tower, x.tokens)) for x in map(tower, packs)]
-    dynamo.reset()
-    dynamo.utils.counters.clear()
-    tower.forward_blocks = torch.compile(tower.forward_blocks, fullgraph=True, dynamic=True, backend="aot_eager")
-    for packed, (features, grads) in zip(packs, want, strict=True):
-        ours = tower(packed).tokens
-        assert difference(ours, features) < 1e-12
-        assert all(difference(a, b) < 1e-11 for a, b in zip(gradients(tower, ours), grads, strict=True))
-    assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    dynamo.reset()
+    packs = [patches_of(tower, grids) for grids in ([(3, 5)], GRIDS, [(1, 1), (1, 2), (2, 3, 3)])]
+    check_blocks_compile_once(tower, packs, tolerance=1e-12)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tests.vision.test_qwen_towers import clips, difference, tiny
+from tests.vision.tower_cases import difference, patches_of, tiny
 from vlkit.packing import Layout
 from vlkit.vision.qwen3_vit import Qwen3ViTConfig
 
@@ -14,7 +14,7 @@ from vlkit.vision.qwen3_vit import Qwen3ViTConfig
 def test_levels_are_the_features_of_towers_cut_off_after_the_tap() -> None:
     """The last block comes first, then the taps in order."""
     tower = tiny("qwen3-vit", num_layers=4, taps=(0, 2))
-    packed = clips(tower, [(3, 5), (2, 2, 4)])
+    packed = patches_of(tower, [(3, 5), (2, 2, 4)])
     levels = tower(packed).tokens.split(tower.config.dim, dim=1)
     assert len(levels) == tower.config.num_levels == 3
     for level, num_layers in zip(levels, (4, 1, 3), strict=True):
@@ -50,7 +50,7 @@ def test_the_table_is_added_to_the_embedded_patches() -> None:
         for linear in (block.attn.out, block.mlp.fc2):
             torch.nn.init.zeros_(linear.weight)
             torch.nn.init.zeros_(linear.bias)
-    packed = clips(tower, [(3, 4)])
+    packed = patches_of(tower, [(3, 4)])
     want = F.linear(packed.tokens, tower.patch_embed.proj.weight, tower.patch_embed.proj.bias)
     want = want + tower.positions.table.flatten(0, 1)
     assert difference(tower(packed).tokens, torch.cat([want, want], dim=1)) < 1e-13

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.vision.qwen_towers import visual
+from tests.vision.tower_cases import difference, gradients, patches_of, tiny
 from vlkit.errors import ConfigError, LayoutError
 from vlkit.packing import Layout, Packed
 from vlkit.registry import component
@@ -18,30 +17,6 @@ from vlkit.vision.qwen3_vit import Qwen3ViTConfig
 
 GRIDS: list[tuple[int, ...]] = [(3, 5), (1, 1), (3, 6, 5), (1, 9), (2, 10, 2), (3, 5)]
 towers = pytest.mark.parametrize("name", ["qwen2-vit", "qwen2.5-vit", "qwen3-vit"])
-
-
-def tiny(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    """The tiny tower, with weights large enough for every one of them to matter."""
-    made = component("vision", name)
-    tower = made.module(made.configs[f"{name}-tiny"].replace(**changes)).to(dtype)
-    for parameter in tower.parameters():
-        nn.init.normal_(parameter, std=0.2 if parameter.ndim == 2 else 0.5)
-    return tower
-
-
-def clips(tower: Any, grids: list[tuple[int, ...]] = GRIDS) -> Packed:
-    layout = Layout.from_grids(grids)
-    dtype = tower.patch_embed.proj.weight.dtype
-    return Packed(torch.randn(layout.num_tokens, tower.config.patch_dim, dtype=dtype), layout)
-
-
-def gradients(tower: nn.Module, features: Tensor) -> list[Tensor]:
-    weights = torch.linspace(-1, 1, features.numel(), dtype=features.dtype).view_as(features)
-    return list(torch.autograd.grad((features * weights).sum(), list(tower.parameters())))
-
-
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).detach().abs().max() / theirs.detach().abs().max())
 
 
 def alone(tower: nn.Module, packed: Packed) -> list[Tensor]:
@@ -57,7 +32,7 @@ def alone(tower: nn.Module, packed: Packed) -> list[Tensor]:
 def test_a_pack_gives_what_each_item_gives_alone(name: str, dtype: torch.dtype, tolerance: float) -> None:
     """Features, and the gradients of every parameter."""
     tower = tiny(name, dtype)
-    packed = clips(tower)
+    packed = patches_of(tower, GRIDS)
     together, apart = tower(packed), torch.cat(alone(tower, packed))
     assert together.layout == packed.layout
     assert difference(together.tokens, apart) < tolerance
@@ -70,7 +45,7 @@ def test_a_pack_gives_what_each_item_gives_alone(name: str, dtype: torch.dtype, 
 def test_a_clip_is_its_frames(name: str) -> None:
     """Attention stays inside a frame, and time turns nothing."""
     tower = tiny(name)
-    clip = clips(tower, [(3, 6, 5)])
+    clip = patches_of(tower, [(3, 6, 5)])
     frames = tower(Packed(clip.tokens, Layout.from_grids([(6, 5)] * 3)))
     assert torch.equal(tower(clip).tokens, frames.tokens)
 
@@ -79,7 +54,7 @@ def test_a_clip_is_its_frames(name: str) -> None:
 @torch.no_grad()
 def test_a_frame_changes_no_bit_of_another(name: str) -> None:
     tower = tiny(name, torch.float32)
-    packed = clips(tower)
+    packed = patches_of(tower, GRIDS)
     frames = packed.layout.frames()
     before = Packed(tower(packed).tokens, frames).unpack()
     other = packed.tokens.clone()
@@ -94,7 +69,7 @@ def test_a_frame_changes_no_bit_of_another(name: str) -> None:
 def test_rows_and_columns_are_told_apart(name: str) -> None:
     """A transposed image gives other features."""
     tower = tiny(name)
-    patches = clips(tower, [(2, 3)]).tokens
+    patches = patches_of(tower, [(2, 3)]).tokens
     wide = tower(Packed(patches, Layout.from_grids([(2, 3)]))).tokens
     turned = patches.view(2, 3, -1).transpose(0, 1).flatten(0, 1)
     tall = tower(Packed(turned, Layout.from_grids([(3, 2)]))).tokens.view(3, 2, -1).transpose(0, 1).flatten(0, 1)
@@ -105,7 +80,7 @@ def test_rows_and_columns_are_told_apart(name: str) -> None:
 @torch.no_grad()
 def test_the_plain_backend_agrees(name: str) -> None:
     tower = tiny(name)
-    packed = clips(tower)
+    packed = patches_of(tower, GRIDS)
     features = tower(packed).tokens
     tower.attention_backend = "plain"
     assert difference(features, tower(packed).tokens) < 1e-13
@@ -114,7 +89,7 @@ def test_the_plain_backend_agrees(name: str) -> None:
 @towers
 def test_checkpointing_changes_no_bit_and_keeps_less(name: str) -> None:
     tower = tiny(name, torch.float32)
-    packed = clips(tower)
+    packed = patches_of(tower, GRIDS)
     results, held = [], []
     for tower.gradient_checkpointing in (False, True):
         kept: dict[int, int] = {}
@@ -140,7 +115,7 @@ def _infer(tower: nn.Module, packed: Packed) -> Tensor:
 def test_training_after_inference_on_the_same_layout_works(name: str) -> None:
     """What is kept per layout must not be an inference tensor that autograd refuses."""
     tower = tiny(name)
-    packed = clips(tower, [(5, 3), (2, 2, 9), (4, 4)])
+    packed = patches_of(tower, [(5, 3), (2, 2, 9), (4, 4)])
     features = _infer(tower, packed)
     again = tower(packed).tokens
     assert torch.equal(features, again)
@@ -152,7 +127,7 @@ def test_bfloat16_stays_close(name: str) -> None:
     """Largest seen 0.02 of the largest feature."""
     made = component("vision", name)
     tower = made.module(made.configs[f"{name}-tiny"])
-    packed = clips(tower)
+    packed = patches_of(tower, GRIDS)
     exact = tower(packed).tokens
     half = tower.bfloat16()(packed).tokens
     assert half.dtype == torch.bfloat16

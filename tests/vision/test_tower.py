@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
+from tests.vision.tower_cases import check_blocks_compile_once, difference, gradients, patches_of, tiny
 from vlkit.errors import ConfigError, LayoutError
 from vlkit.packing import Layout, Packed
 from vlkit.registry import component
@@ -16,36 +16,12 @@ GRIDS = [(3, 5), (1, 1), (6, 6), (1, 7), (10, 2), (3, 5)]
 towers = pytest.mark.parametrize("name", ["aimv2", "siglip2"])
 
 
-def tiny(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    """The tiny tower, with weights large enough for every one of them to matter."""
-    made = component("vision", name)
-    tower = made.module(made.configs[f"{name}-tiny"].replace(**changes)).to(dtype)
-    for parameter in tower.parameters():
-        nn.init.normal_(parameter, std=0.3 if parameter.ndim == 2 else 0.5)
-    return tower
-
-
-def images(tower: Any, grids: list[tuple[int, int]] = GRIDS) -> Packed:
-    layout = Layout.from_grids(grids)
-    dtype = tower.norm.weight.dtype
-    return Packed(torch.randn(layout.num_tokens, tower.config.patch_dim, dtype=dtype), layout)
-
-
-def gradients(tower: nn.Module, features: Tensor) -> list[Tensor]:
-    weights = torch.linspace(-1, 1, features.numel(), dtype=features.dtype).view_as(features)
-    return list(torch.autograd.grad((features * weights).sum(), list(tower.parameters())))
-
-
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).detach().abs().max() / theirs.detach().abs().max())
-
-
 @towers
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
 @torch.no_grad()
 def test_a_pack_gives_what_each_image_gives_alone(name: str, dtype: torch.dtype, tolerance: float) -> None:
     tower = tiny(name, dtype)
-    packed = images(tower)
+    packed = patches_of(tower, GRIDS)
     together = tower(packed)
     assert together.layout == packed.layout
     for ours, tokens, grid in zip(together.unpack(), packed.unpack(), GRIDS, strict=True):
@@ -56,7 +32,7 @@ def test_a_pack_gives_what_each_image_gives_alone(name: str, dtype: torch.dtype,
 @torch.no_grad()
 def test_an_image_changes_no_bit_of_another(name: str) -> None:
     tower = tiny(name, torch.float32)
-    packed = images(tower)
+    packed = patches_of(tower, GRIDS)
     before = tower(packed).unpack()
     other = packed.tokens.clone()
     start, end = packed.layout.offsets[2:4]
@@ -74,7 +50,7 @@ def test_positions_come_from_the_table_and_from_rotary_embedding(
 ) -> None:
     """With either, shuffled patches give other features, and rows are told from columns; with neither, nothing is."""
     tower = tiny(name, use_positions=use_positions, use_rope=use_rope)
-    packed = images(tower, [(3, 4)])
+    packed = patches_of(tower, [(3, 4)])
     features = tower(packed)
     order = torch.randperm(12)
     shuffled = tower(packed.with_tokens(packed.tokens[order])).tokens
@@ -92,7 +68,7 @@ def test_rotary_embedding_sees_differences_of_positions_alone(name: str) -> None
     A 2 x 3 window at row 4, column 5 has angles that are all moved by the same amount.
     """
     tower = tiny(name, use_positions=False)
-    packed = images(tower, [(2, 3)])
+    packed = patches_of(tower, [(2, 3)])
     rotary = tower.rotary(Layout.from_grids([(7, 9)]), device="cpu")
     rows = torch.tensor([row * 9 + col for row in (4, 5) for col in (5, 6, 7)])
     moved = type(rotary)(rotary.cos[rows], rotary.sin[rows])
@@ -104,20 +80,9 @@ def test_rotary_embedding_sees_differences_of_positions_alone(name: str) -> None
 
 @towers
 def test_the_blocks_compile_once_for_all_image_sizes(name: str) -> None:
-    import torch._dynamo as dynamo
-
     tower = tiny(name, num_layers=1)
-    packs = [images(tower, grids) for grids in ([(3, 5)], GRIDS, [(1, 1), (1, 2)])]
-    want = [(x.tokens, gradients(tower, x.tokens)) for x in map(tower, packs)]
-    dynamo.reset()
-    dynamo.utils.counters.clear()
-    tower.forward_blocks = torch.compile(tower.forward_blocks, fullgraph=True, dynamic=True, backend="aot_eager")
-    for packed, (features, grads) in zip(packs, want, strict=True):
-        ours = tower(packed).tokens
-        assert difference(ours, features) < 1e-13
-        assert all(difference(a, b) < 1e-11 for a, b in zip(gradients(tower, ours), grads, strict=True))
-    assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    dynamo.reset()
+    packs = [patches_of(tower, grids) for grids in ([(3, 5)], GRIDS, [(1, 1), (1, 2)])]
+    check_blocks_compile_once(tower, packs, tolerance=1e-13)
 
 
 @towers
@@ -125,7 +90,7 @@ def test_bfloat16_stays_close(name: str) -> None:
     """Freshly drawn weights; largest seen 0.02 of the largest feature."""
     made = component("vision", name)
     tower: Any = made.module(made.configs[f"{name}-tiny"])
-    packed = images(tower)
+    packed = patches_of(tower, GRIDS)
     exact = tower(packed).tokens
     half = tower.bfloat16()(packed).tokens
     assert half.dtype == torch.bfloat16
