@@ -295,6 +295,9 @@ class Processor:
                 f"the {type(self.tokenizer).__name__} has no files, so the processor could not be read again"
             )
         files = {**self.tokenizer.files, **self._hub_files}
+        for name in hub_files.SHARED_FILES:  # a model beside it writes these itself
+            if (Path(folder) / name).exists():
+                files.pop(name, None)
         if not self._hub_files:
             files[PROCESSOR_FILE] = (json.dumps(self.config.to_dict(), indent=2, ensure_ascii=False) + "\n").encode()
         for name, content in files.items():
@@ -340,7 +343,11 @@ class Processor:
                 raise ConfigError(f"{path / PROCESSOR_FILE}: {error}") from error
             return cls(config, ByteTokenizer() if config.tokenizer == "bytes" else load_tokenizer(path))
         config = hub_files.processor_config(path)
-        kept = {name: (path / name).read_bytes() for name in hub_files.KEPT_FILES if (path / name).is_file()}
+        kept = {
+            name: (path / name).read_bytes()
+            for name in (*hub_files.KEPT_FILES, *hub_files.SHARED_FILES)
+            if (path / name).is_file()
+        }
         return cls(config, load_tokenizer(path), hub_files=kept)
 
 
