@@ -65,7 +65,7 @@ def in_their_names(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_features_and_gradients(tmp_path: Path) -> None:
-    """fp32; largest seen 1e-6 of the features, 3e-6 of the gradients."""
+    """fp32; largest seen 1e-6 of the features, 4e-6 of the gradients."""
     theirs = reference()
     ours = loaded(theirs, tmp_path)
     images = torch.randn(3, 3, 30, 30)

@@ -182,7 +182,7 @@ def randomized(model: VisionLanguageModel) -> VisionLanguageModel:
 def test_the_whole_model_gives_the_logits_of_its_parts(tmp_path: Path) -> None:
     """A folder in the published layout: loaded here, and its tensors run by hand and by transformers' qwen3.
 
-    fp32: largest seen 1e-6. Saved again, the same names, shapes, types and bits.
+    fp32: largest seen 1e-6. Greedy answers agree. Saved again, the same names, shapes, types and bits.
     """
     transformers = pytest.importorskip("transformers")
     tower = AIMv2Config(dim=48, num_layers=2, num_heads=3, mlp_dim=52, patch_size=4, position_grid=(5, 5))
@@ -202,7 +202,7 @@ def test_the_whole_model_gives_the_logits_of_its_parts(tmp_path: Path) -> None:
     pictures = [torch.randn(3, 4 * rows, 4 * columns) for rows, columns in grids]
     mark, tokens = model.config.image_token_id, [rows * columns // 4 for rows, columns in grids]
     sequences = [[7, *[mark] * tokens[0], 9, 260, *[mark] * tokens[1], 3], [1, 2, 3, 4], [*[mark] * tokens[2], 5]]
-    want, left = [], [*pictures]
+    want, answers, left = [], [], [*pictures]
     for ids in sequences:
         embeddings = decoder.model.embed_tokens(torch.tensor(ids))
         seen = []
@@ -213,6 +213,10 @@ def test_the_whole_model_gives_the_logits_of_its_parts(tmp_path: Path) -> None:
         if seen:
             embeddings[torch.tensor(ids) == mark] = torch.cat(seen)
         want.append(decoder(inputs_embeds=embeddings[None]).logits[0])
+        answers.append([])
+        while len(answers[-1]) < 4:  # greedy, everything anew for every token
+            answers[-1].append(int(decoder(inputs_embeds=embeddings[None]).logits[0, -1].argmax()))
+            embeddings = torch.cat([embeddings, decoder.model.embed_tokens(torch.tensor(answers[-1][-1:]))])
 
     batch = Batch(
         Packed(torch.tensor([token for ids in sequences for token in ids]), Layout(tuple(map(len, sequences)))),
@@ -220,6 +224,7 @@ def test_the_whole_model_gives_the_logits_of_its_parts(tmp_path: Path) -> None:
     )
     for ours, theirs in zip(model(batch).unpack(), want, strict=True):
         assert float((ours - theirs).abs().max() / theirs.abs().max()) < 2e-5
+    assert model.generate(batch, max_new_tokens=4, stop=()) == answers
 
     model.save_pretrained(tmp_path / "again")
     again = load_file(tmp_path / "again" / "model.safetensors")

@@ -1,0 +1,47 @@
+"""Pages that quote code: what they show stands in the tree, and what they run runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+QUOTING = ["docs/adding-a-model.md"]
+FAMILIES = sorted(f"docs/families/{page.name}" for page in ROOT.glob("docs/families/*.md"))
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(
+        r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
+
+
+@pytest.mark.parametrize("page", QUOTING)
+def test_quoted_code_stands_in_the_tree(page: str) -> None:
+    """A block that begins with the path of a file is part of it, line by line; others run."""
+    quoted = 0
+    for block in blocks(page):
+        first, rest = block.split("\n", 1)
+        path = re.fullmatch(r"# (\S+\.py)", first)
+        if path is None:
+            exec(compile(block, page, "exec"), {"__name__": "docs"})
+            continue
+        quoted += 1
+        assert rest in (ROOT / path[1]).read_text(encoding="utf-8"), f"{page}: not in {path[1]}:\n{rest}"
+    assert quoted
+
+
+@pytest.mark.parametrize("page", FAMILIES)
+def test_code_of_family_pages_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page):
+        exec(compile(block, page, "exec"), {"__name__": "docs"})
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*/*.md")), ids=lambda p: p.name)
+def test_links_of_inner_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
