@@ -91,7 +91,7 @@ def filled(family: str) -> VisionLanguageModel:
     elif family == "qwen2.5-vl":
         keys = qwen2_5_vl.keys(config, old=False)
     else:
-        keys = qwen3_vl.keys(config, transposed=False)
+        keys = qwen3_vl.keys(config, turned=False)
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     model.load_state_dict(keys.to_ours(fill({step.target: step.shape for step in keys.plan_save(ours)})))
     return model.eval()

@@ -260,6 +260,22 @@ def test_other_published_layouts_are_read_and_written_back(
         assert torch.equal(again(family, tmp_path / "ours")(**tensors).logits, theirs(**tensors).logits)
 
 
+@pytest.mark.parametrize("expert_dim", [18, 36])
+def test_experts_of_sizes_that_transformers_cannot_tell_apart(
+    expert_dim: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Half the width of the decoder, and the width: what a new model is saved as is read as it was meant."""
+    name, text, vision = CONFIGS["qwen3-vl-moe"]
+    monkeypatch.setitem(CONFIGS, "qwen3-vl-moe", (name, {**text, "moe_intermediate_size": expert_dim}, vision))
+    reference("qwen3-vl-moe").save_pretrained(tmp_path / "theirs")
+    ours = vlkit.from_pretrained(tmp_path / "theirs")
+    compare(ours, again("qwen3-vl-moe", tmp_path / "theirs"), inputs("qwen3-vl-moe"))
+    new = vlkit.create_model(ours.config)
+    new.load_state_dict(ours.state_dict())
+    new.save_pretrained(tmp_path / "new")
+    compare(new.eval(), again("qwen3-vl-moe", tmp_path / "new"), inputs("qwen3-vl-moe"))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bits_of_other_types_survive(family: str, tmp_path: Path) -> None:
     reference(family, dtype=torch.bfloat16).save_pretrained(tmp_path / "theirs")

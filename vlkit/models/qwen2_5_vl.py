@@ -4,7 +4,7 @@ videos follows the clock.
 UI-TARS 1.5 is a fine-tune in the same layout.
 
 Sources: Qwen2.5-VL, arXiv:2502.13923; the published config.json of each checkpoint.
-Matches: transformers' Qwen2_5_VLForConditionalGeneration in both directions; see docs/families/qwen-vl.md. Published
+Matches: transformers' Qwen2_5_VLForConditionalGeneration in both directions; see docs/families/qwen2.5-vl.md. Published
 weights were not run.
 """
 

@@ -3,7 +3,7 @@
 UI-TARS 1.0 and Aguvis are fine-tunes in the same layout.
 
 Sources: Qwen2-VL, arXiv:2409.12191; the published config.json of each checkpoint.
-Matches: transformers' Qwen2VLForConditionalGeneration in both directions; see docs/families/qwen-vl.md. Published weights
+Matches: transformers' Qwen2VLForConditionalGeneration in both directions; see docs/families/qwen2-vl.md. Published weights
 were not run.
 """
 

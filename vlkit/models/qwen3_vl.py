@@ -3,7 +3,7 @@
 
 Sources: Qwen3-VL, arXiv:2511.21631; the published config.json of each checkpoint.
 Matches: transformers' Qwen3VLForConditionalGeneration and Qwen3VLMoeForConditionalGeneration in both directions; see
-docs/families/qwen-vl.md. Published weights were not run.
+docs/families/qwen3-vl.md. Published weights were not run.
 """
 
 from __future__ import annotations
@@ -143,31 +143,47 @@ def write_config(config: VLMConfig) -> dict[str, Any]:
     return common.checked(written, config, partial(read_config, family=family))
 
 
-def keys(config: VLMConfig, *, transposed: bool = True) -> KeyMap:
+def keys(config: VLMConfig, *, turned: bool | None = None) -> KeyMap:
     """The names of the published checkpoints, model.visual.* and model.language_model.*.
 
     Args:
         config: The model.
-        transposed: Experts as [experts, in, out], as the published files have them, or as [experts, out, in].
+        turned: Experts as [experts, in, out] instead of [experts, out, in]. None is what is written: turned, as the published
+            files are, except at sizes of which transformers, which looks at each tensor alone, could not tell.
     """
     tower, decoder = cast(Qwen3ViTConfig, config.vision), cast(Qwen3Config, config.llm)
     text = llama_keys(tied=decoder.tied)
     if decoder.num_experts:
-        text += expert_keys(transposed=transposed)
+        text += expert_keys(turned=tells_orientation(decoder) if turned is None else turned)
     return common.family_keys(qwen3_vit.keys(tower), patch_merger.QWEN3_KEYS, text, old=False)
 
 
-def expert_keys(*, transposed: bool) -> KeyMap:
+def tells_orientation(decoder: Qwen3Config) -> bool:
+    """Whether the shape of either tensor of the experts tells how it is turned; of the two together one always does."""
+    return decoder.dim not in (decoder.expert_dim, 2 * decoder.expert_dim)
+
+
+def other_keys(config: VLMConfig) -> tuple[KeyMap, ...]:
+    """The names with the experts turned the other way; transformers 5 writes [experts, out, in].
+
+    Names do not tell the two apart, shapes do: gate_up_proj looks the same both ways only if dim is twice expert_dim, and
+    down_proj only if they are equal.
+    """
+    decoder = cast(Qwen3Config, config.llm)
+    return (keys(config, turned=not tells_orientation(decoder)),)
+
+
+def expert_keys(*, turned: bool) -> KeyMap:
     """The router, and all experts of a layer in two tensors: gate above up, and down."""
     theirs, ours = LAYER + "mlp.experts.", "blocks.{layer}.mlp.experts."
-    turn = _transposed if transposed else _same
+    turn = _turned if turned else _same
     return KeyMap(
         rename(LAYER + "mlp.gate.weight", "blocks.{layer}.mlp.router.weight"),
         split(
             theirs + "gate_up_proj",
             ours + "{part}",
             part=("gate", "up"),
-            dim=2 if transposed else 1,
+            dim=2 if turned else 1,
             to_ours=turn,
             to_theirs=turn,
         ),
@@ -175,21 +191,12 @@ def expert_keys(*, transposed: bool) -> KeyMap:
     )
 
 
-def _transposed(experts: Any) -> Any:
+def _turned(experts: Any) -> Any:
     return experts.transpose(1, 2)
 
 
 def _same(experts: Any) -> Any:
     return experts
-
-
-def other_orientation(config: VLMConfig) -> tuple[KeyMap, ...]:
-    """The names with experts as transformers 5 writes them.
-
-    Names do not tell the orientations apart, shapes do: of D = dim and I = expert_dim, gate_up_proj looks the same both ways only
-    if D = 2 I, and down_proj only if D = I. So one of the two always decides.
-    """
-    return (keys(config, transposed=False),)
 
 
 register_family(
@@ -206,7 +213,7 @@ register_family(
         partial(read_config, family=SPARSE),
         write_config,
         keys,
-        other_keys=other_orientation,
+        other_keys=other_keys,
         patch_order="blocks",
         video_frames_apart=True,
     ),
