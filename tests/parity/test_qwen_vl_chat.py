@@ -85,8 +85,11 @@ def see(w: dict[str, Tensor], config: dict[str, Any], image: Tensor) -> Tensor:
     return norm(answers, "ln_post") @ v["proj"]
 
 
-def read(w: dict[str, Tensor], config: dict[str, Any], ids: list[int], images: list[Tensor]) -> Tensor:
-    """Logits [length, vocab] of one sequence; every <img> ... </img> holds the next image."""
+def read(
+    w: dict[str, Tensor], config: dict[str, Any], ids: list[int], images: list[Tensor], prompt: int | None = None
+) -> Tensor:
+    """Logits [length, vocab] of one sequence; every <img> ... </img> holds the next image. While an answer is written, the
+    wavelengths stay those of the prompt."""
     x = w["transformer.wte.weight"][ids].clone()
     start = config["visual"]["image_start_id"]
     openings = [i for i, token in enumerate(ids) if token == start]
@@ -97,7 +100,7 @@ def read(w: dict[str, Tensor], config: dict[str, Any], ids: list[int], images: l
         x[opening + 1 : opening + 1 + len(tokens)] = tokens
     length, heads, hd = len(ids), config["num_attention_heads"], config["kv_channels"]
     trained = config["seq_length"]
-    alpha = max(2 ** math.ceil(math.log2(length / trained) + 1) - 1, 1)
+    alpha = max(2 ** math.ceil(math.log2((prompt or length) / trained) + 1) - 1, 1)
     base = config["rotary_emb_base"] * alpha ** (hd / (hd - 2))
     angles = torch.tensor([[p * base ** (-2 * i / hd) for i in range(hd // 2)] for p in range(length)], dtype=x.dtype)
     cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
@@ -184,14 +187,23 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[vlkit.VisionLangua
     return vlkit.from_pretrained(folder), weights, folder
 
 
-def packed(model: vlkit.VisionLanguageModel, *, dtype: torch.dtype = torch.float32) -> Batch:
-    """The conversations as the tensors of the published tokenizer, padded on the right, and pixels."""
+def packed(
+    model: vlkit.VisionLanguageModel,
+    *,
+    dtype: torch.dtype = torch.float32,
+    cuts: tuple[int, int, int] = (0, 0, 0),
+    left: bool = False,
+) -> Batch:
+    """The conversations, less some of their last tokens, as the padded tensors of the published tokenizer, and pixels."""
     ids, images = conversations()
+    ids = [row[: len(row) - cut] for row, cut in zip(ids, cuts, strict=True)]
     longest = max(map(len, ids))
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
+    padding = [[143] * (longest - len(row)) for row in ids]
+    rows = [(pad + row if left else row + pad) for row, pad in zip(ids, padding, strict=True)]
+    kept = [([0] * len(pad) + [1] * len(row))[:: 1 if left else -1] for row, pad in zip(ids, padding, strict=True)]
     return model.pack(
-        input_ids=torch.tensor([row + [143] * (longest - len(row)) for row in ids]),
-        attention_mask=mask,
+        input_ids=torch.tensor(rows),
+        attention_mask=torch.tensor(kept),
         pixel_values=torch.stack([image for row in images for image in row]).to(dtype),
     )
 
@@ -206,6 +218,32 @@ def test_logits_are_those_of_the_published_equations(loaded: Any, dtype: torch.d
     logits = model(packed(model, dtype=dtype)).unpack()
     for ours, ids, images in zip(logits, *conversations(), strict=True):
         assert relative(ours.double(), read(wide, ODD, ids, [image.double() for image in images])) <= tolerance
+
+
+@torch.no_grad()
+def test_the_side_of_the_padding_changes_no_bit(loaded: Any) -> None:
+    model = loaded[0]
+    assert torch.equal(model(packed(model)).logits.tokens, model(packed(model, left=True)).logits.tokens)
+
+
+@torch.no_grad()
+def test_greedy_answers_are_those_of_the_published_equations(loaded: Any) -> None:
+    """From the cache, against the equations run anew for every token: one answer crosses the trained length of 300 tokens while
+    it is written, which scales its queries but leaves the wavelengths as the prompt had them."""
+    model, weights, _ = loaded
+    cuts, steps = (0, 0, 50), 8
+    answers = model.generate(packed(model, cuts=cuts), max_new_tokens=steps, stop=())
+    crossing = 0
+    for answer, cut, ids, images in zip(answers, cuts, *conversations(), strict=True):
+        text = ids[: len(ids) - cut]
+        crossing += len(text) <= ODD["seq_length"] < len(text) + steps
+        for token in answer:
+            logits = read(weights, ODD, text, images, prompt=len(ids) - cut)[-1]
+            top = logits.topk(2).values
+            assert top[0] - top[1] > 1e-4  # no tie that rounding could decide
+            assert token == int(logits.argmax())
+            text = [*text, token]
+    assert crossing == 1
 
 
 @torch.no_grad()
