@@ -298,6 +298,14 @@ def test_a_head_that_stands_beside_its_embedding_must_equal_it(family: str, tmp_
         vlkit.from_pretrained(tmp_path)
 
 
+def test_videos_without_seconds_count_one_per_step(tmp_path: Path) -> None:
+    theirs = reference("qwen2.5-vl")
+    theirs.save_pretrained(tmp_path)
+    tensors = inputs("qwen2.5-vl")
+    del tensors["second_per_grid_ts"]
+    compare(vlkit.from_pretrained(tmp_path), theirs, tensors)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients(family: str, tmp_path: Path) -> None:
     """Of the mean of the labelled tokens' losses, by every parameter."""

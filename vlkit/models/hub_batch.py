@@ -64,6 +64,8 @@ def batch_from_hub(
     if mm_token_type_ids is not None:
         _check_types(config, ids.tokens, mm_token_type_ids[keep])
 
+    if second_per_grid_ts is None and video_grid_thw is not None and config.ticks_per_second is not None:
+        second_per_grid_ts = [1.0] * len(video_grid_thw)  # what the published code takes where a processor is silent
     grids = {"image_grid_thw": image_grid_thw, "image_grid_hws": image_grid_hws, "image_grid_hw": image_grid_hw}
     blocks = config.projector.merge_size if family is not None and family.patch_order == "blocks" else 1  # type: ignore[attr-defined]
     images = list(_visuals(config, "pixel_values", pixel_values, grids, blocks, None))

@@ -360,7 +360,8 @@ class VisionLanguageModel(nn.Module):
             image_grid_hw: (rows, columns), as AndesVL names it.
             pixel_values_videos: As pixel_values, of all videos.
             video_grid_thw: As image_grid_thw, of all videos.
-            second_per_grid_ts: Seconds between the time steps of each video.
+            second_per_grid_ts: Seconds between the time steps of each video; 1 where the family follows the clock and none
+                are given.
             mm_token_type_ids: 0 at text, 1 at images, 2 at videos; checked against the ids.
             image_flags: 1 where an image's tokens stand, whatever the id there.
             labels: Aligned with input_ids; -100 where nothing is to be learnt.
