@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from vlkit.layers.rope import Rotary, make_rotary, rotary_angles, rotary_frequen
 from vlkit.packing import Layout
 
 
+@runtime_checkable
 class Rope(Protocol):
     """Makes what attention needs to know of positions."""
 

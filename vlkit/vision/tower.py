@@ -8,7 +8,7 @@ A tower's own file gives its config, how patches are embedded, which blocks it h
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from vlkit.layers.rope import Arrangement, Rotary, grid_positions, make_rotary, 
 from vlkit.packing import Layout, Packed, Segments
 
 
+@runtime_checkable
 class PatchConfig(Protocol):
     """The fields of a tower's config that say what a patch is."""
 
@@ -32,23 +33,19 @@ class PatchConfig(Protocol):
     def patch_dim(self) -> int: ...
 
 
-class HeadConfig(Protocol):
-    """The fields of a tower's config that size its attention."""
+@runtime_checkable
+class StackConfig(Protocol):
+    """The fields of a tower's config that size its blocks."""
 
     @property
     def dim(self) -> int: ...
     @property
+    def num_layers(self) -> int: ...
+    @property
     def num_heads(self) -> int: ...
 
 
-class StackConfig(Protocol):
-    """The field of a tower's config that counts its blocks."""
-
-    @property
-    def num_layers(self) -> int: ...
-
-
-def check_heads(config: HeadConfig) -> None:
+def check_heads(config: StackConfig) -> None:
     """Refuse a width that 2-D rotary embedding cannot share among heads.
 
     Raises:
