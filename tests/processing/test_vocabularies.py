@@ -168,6 +168,19 @@ def test_thinking_marks_survive_skipping(tokenizers: Any) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_no_name_of_a_special_token_is_one_in_a_persons_text(name: str, tokenizers: Any) -> None:
+    tokenizer = tokenizers(name)
+    first = min(tokenizer.special.values())
+
+    for special, id in tokenizer.special.items():
+        for text in (special, f"a{special}{special} b"):
+            ids = tokenizer.encode(text)
+            assert max(ids) < first
+            assert tokenizer.decode(ids) == text
+        assert tokenizer.encode(special, allow_special=True) == [id]
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_ids_beyond_the_vocabulary_are_refused(name: str, tokenizers: Any) -> None:
     with pytest.raises(TokenError, match=f"position 1: token id {tokenizers(name).vocab_size}"):
         tokenizers(name).decode([0, tokenizers(name).vocab_size])
