@@ -227,23 +227,26 @@ def test_the_side_of_the_padding_changes_no_bit(loaded: Any) -> None:
 
 
 @torch.no_grad()
-def test_greedy_answers_are_those_of_the_published_equations(loaded: Any) -> None:
-    """From the cache, against the equations run anew for every token: one answer crosses the trained length of 300 tokens while
-    it is written, which scales its queries but leaves the wavelengths as the prompt had them."""
+def test_tokens_from_the_cache_have_the_logits_of_the_published_equations(loaded: Any) -> None:
+    """Each against the equations over everything before it. One answer crosses the trained length of 300 tokens while it is
+    written: that scales its queries, and leaves the wavelengths as the prompt had them."""
     model, weights, _ = loaded
-    cuts, steps = (0, 0, 50), 8
-    answers = model.generate(packed(model, cuts=cuts), max_new_tokens=steps, stop=())
-    crossing = 0
-    for answer, cut, ids, images in zip(answers, cuts, *conversations(), strict=True):
-        text = ids[: len(ids) - cut]
-        crossing += len(text) <= ODD["seq_length"] < len(text) + steps
-        for token in answer:
-            logits = read(weights, ODD, text, images, prompt=len(ids) - cut)[-1]
-            top = logits.topk(2).values
-            assert top[0] - top[1] > 1e-4  # no tie that rounding could decide
-            assert token == int(logits.argmax())
-            text = [*text, token]
-    assert crossing == 1
+    cuts, steps = (0, 0, 50), 6
+    ids, images = conversations()
+    texts = [row[: len(row) - cut] for row, cut in zip(ids, cuts, strict=True)]
+    prompts = [len(text) for text in texts]
+    assert prompts[2] <= ODD["seq_length"] < prompts[2] + steps
+    cache = model.llm.new_cache(3, 600, dtype=torch.float32)
+    answers = [text[-1] for text in model(packed(model, cuts=cuts), cache=cache).logits.unpack()]
+    for _ in range(steps):
+        tokens = [int(logits.argmax()) for logits in answers]
+        texts = [[*text, token] for text, token in zip(texts, tokens, strict=True)]
+        answers = model(Batch(Packed(torch.tensor(tokens), Layout((1, 1, 1)))), cache=cache).logits.unpack()
+        for ours, text, pictures, prompt in zip(answers, texts, images, prompts, strict=True):
+            want = read(weights, ODD, text, pictures, prompt=prompt)[-1]
+            assert relative(ours[0], want) <= 2e-5  # fp32: largest seen 9e-7
+    regrown = read(weights, ODD, texts[2], images[2])[-1]  # with the wavelengths of so long a prompt
+    assert relative(regrown, want) > 1e-3
 
 
 @torch.no_grad()
@@ -257,7 +260,7 @@ def test_images_of_any_shape_are_seen_as_by_the_published_equations(loaded: Any)
     tokens = model.encode_images(patches)
     assert tokens.layout.grids == ((1, 16, 16),) * 5
     for ours, image in zip(tokens.unpack(), images, strict=True):
-        assert relative(ours, see(weights, ODD, image)) <= 2e-5  # fp32: largest seen 2e-6
+        assert relative(ours, see(weights, ODD, image)) <= 2e-5  # fp32: largest seen 1e-6
 
 
 @pytest.mark.parametrize("mistake", ["gate and up", "in_proj in thirds", "proj transposed", "positions on values"])
