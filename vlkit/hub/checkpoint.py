@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class Checkpoint:
         self.folder, self.tensors, self.file_of, self.metadata = folder, tensors, file_of, metadata
         self.mapped = mapped
         self._opener = opener
-        self._open: tuple[Path, object] | None = None  # one file at a time
+        self._open: tuple[Path, Any] | None = None  # one file at a time
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -84,24 +85,46 @@ class Checkpoint:
     def num_bytes(self) -> int:
         return sum(info.num_bytes for info in self.tensors.values())
 
+    def part(self, prefix: str) -> Checkpoint:
+        """The tensors whose names begin with a prefix, under these names."""
+        tensors = {name: info for name, info in self.tensors.items() if name.startswith(prefix)}
+        return Checkpoint(self.folder, tensors, self.file_of, self._opener, self.metadata, self.mapped)
+
     def read(self, name: str) -> Tensor:
         """One tensor, as a view of its mapped file; copy what is to be kept.
 
         Raises:
             CheckpointError: No tensor has this name.
         """
+        tensor: Tensor = self._file_of(name).read(name)
+        return tensor
+
+    def in_place(self, name: str, block: Tensor) -> Tensor | None:
+        """A block of a tensor that was read, as a view of the mapped file with a storage of its own.
+
+        None if it is none: nothing is mapped, or the block is a copy or lies scattered.
+        """
+        if not self.mapped:
+            return None
+        whole = self.read(name)
+        start = block.data_ptr() - whole.data_ptr()
+        if not (block.is_contiguous() and 0 <= start <= start + block.nbytes <= whole.nbytes):
+            return None
+        part: Tensor = self._file_of(name).read_part(name, start, block.shape)
+        return part
+
+    def _file_of(self, name: str) -> Any:
         if name not in self.tensors:
             raise CheckpointError(f"{self.folder}: no tensor {name!r}")
         path = self.file_of[name]
         if self._open is None or self._open[0] != path:
             self._open = (path, self._opener(path))
-        tensor: Tensor = self._open[1].read(name)  # type: ignore[attr-defined]
-        return tensor
+        return self._open[1]
 
     def release(self, name: str) -> None:
         """A tensor was copied: its pages of the mapped file need not count as memory of this process any longer."""
-        if self.mapped and self._open is not None and self._open[0] == self.file_of[name]:
-            self._open[1].release(name)  # type: ignore[attr-defined]
+        if self.mapped:
+            self._file_of(name).release(name)
 
     def close(self) -> None:
         """Let go of the mapped file. Tensors that are still in use keep theirs."""
