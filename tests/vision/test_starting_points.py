@@ -225,6 +225,17 @@ def test_a_tower_of_its_own_family_is_a_starting_point(name: str, tmp_path: Path
     assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
 
 
+def test_of_two_encoders_one_is_named(tmp_path: Path) -> None:
+    states = {prefix: siglip_of_transformers().state_dict() for prefix in ("student.", "teacher.")}
+    folder = saved(tmp_path, {prefix + n: t for prefix, state in states.items() for n, t in state.items()})
+    tower = SigLIP2(SIGLIP2)
+    with pytest.raises(CheckpointError, match=r"encoders under 'student\.', 'teacher\.'; say which with prefix="):
+        load_starting_point(tower, folder)
+    found = load_starting_point(tower, folder, prefix="teacher.")
+    assert torch.equal(tower.norm.weight, states["teacher."]["post_layernorm.weight"])
+    assert set(states["student."]) <= {name.removeprefix("student.") for name in found.dropped}
+
+
 # ---- tables, dtypes, refusals
 
 
@@ -268,7 +279,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> Non
     wider = SigLIP2(SIGLIP2.replace(mlp_dim=52))
     with pytest.raises(KeyMismatchError, match="of another shape"):
         load_starting_point(wider, saved(tmp_path / "whole", siglip_of_transformers().state_dict()))
-    with pytest.raises(CheckpointError, match="no patch embedding of an encoder that AIMv2 can start from"):
+    with pytest.raises(CheckpointError, match="no patch embedding of such an encoder"):
         load_starting_point(AIMv2(AIMV2), tmp_path / "whole")
     with pytest.raises(ConfigError, match="no starting point is known for Linear, only for AIMv2, SigLIP2, MoonViT"):
         load_starting_point(nn.Linear(2, 2), tmp_path / "whole")

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def load_starting_point(
     tower: nn.Module,
     repo_or_folder: str | os.PathLike[str],
     *,
+    prefix: str | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
@@ -75,6 +76,7 @@ def load_starting_point(
         tower: An AIMv2, SigLIP2 or MoonViT with the sizes of the encoder; its table may be of another grid. Parameters keep
             their dtype and device; those on meta are allocated on the CPU, in the dtype of the checkpoint.
         repo_or_folder: A folder, or a repository id of the Hub.
+        prefix: What stands before the names of the encoder, such as "vision_model."; None finds it.
         revision: Branch, tag or commit.
         cache_dir: Where downloads are kept; None means the Hub client's own place.
         token: For gated and private repositories; None means the one that is stored.
@@ -98,7 +100,7 @@ def load_starting_point(
         allow_pickle=allow_pickle,
     )
     with open_checkpoint(folder, allow_pickle=allow_pickle) as checkpoint:
-        return _load(tower, checkpoint)
+        return _load(tower, checkpoint, prefix)
 
 
 @dataclass(frozen=True)
@@ -124,53 +126,69 @@ class _Source:
     sines: bool = False
 
 
-def _load(tower: nn.Module, checkpoint: Checkpoint) -> StartingPoint:
+def _load(tower: nn.Module, checkpoint: Checkpoint, prefix: str | None) -> StartingPoint:
     sources = next((known for kind, known in _SOURCES.items() if isinstance(tower, kind)), None)
     if sources is None:
         kinds = ", ".join(kind.__name__ for kind in _SOURCES)
         raise ConfigError(f"no starting point is known for {type(tower).__name__}, only for {kinds}")
-    names = list(checkpoint.tensors)
-    found = [
-        (source, name.removesuffix(source.patches))
-        for source in sources
-        for name in names
-        if name == source.patches or name.endswith("." + source.patches)
-    ]
-    if not found:
-        raise CheckpointError(
-            f"{checkpoint.folder}: no patch embedding of an encoder that {type(tower).__name__} can start from; looked for "
-            f"{', '.join(dict.fromkeys(source.patches for source in sources))}"
-        )
-    table: Tensor | None = tower.positions.table if tower.positions is not None else None  # type: ignore[union-attr, assignment]
-    maps = [_keys(source, prefix, names, table) for source, prefix in found]
-    # A source without a table gives the tower one made of sines; the table is then no part of what is loaded.
-    without = table is not None and all(source.sines and prefix + source.table not in names for source, prefix in found)
+    prefix = _prefix(checkpoint, sources, prefix)
+    part = checkpoint.part(prefix)
+    sources = tuple(source for source in sources if prefix + source.patches in part.tensors)
     owner: Any = tower.positions
-    tower._modules["positions"] = None if without else owner
+    table: Tensor | None = owner.table if owner is not None else None
+    # A source without a table gives the tower one made of sines; the table is then no part of what is loaded.
+    makes_sines = all(source.sines and prefix + source.table not in part.tensors for source in sources)
+    if makes_sines:
+        tower._modules["positions"] = None
     try:
-        report = load_weights(tower, checkpoint, maps)
+        report = load_weights(tower, part, [_keys(source, table).mounted(theirs=prefix) for source in sources])
     finally:
         tower._modules["positions"] = owner
-    source, prefix = found[report.layout]
+    source = sources[report.layout]
     if table is None:
         done = "none"
-    elif without:
+    elif makes_sines:
         done = "sines and cosines"
         if table.is_meta:
             owner.table = nn.Parameter(tower.get_parameter("norm.weight").new_empty(table.shape))
         with torch.no_grad():
             owner.table.copy_(sine_table(*table.shape))
     else:
-        shape = source.to_table(torch.empty(checkpoint.shapes[prefix + source.table], device="meta")).shape
-        same = shape[:2] == table.shape[:2]
-        done = f"{shape[0]}x{shape[1]}, " + (
-            "as published" if same else f"resampled to {table.shape[0]}x{table.shape[1]}"
+        published = torch.empty(part.tensors[prefix + source.table].shape, device="meta")
+        theirs, ours = ("{}x{}".format(*shape) for shape in (source.to_table(published).shape, table.shape))
+        done = f"{theirs}, " + ("as published" if theirs == ours else f"resampled to {ours}")
+    outside = tuple(name for name in checkpoint.tensors if name not in part.tensors)
+    return StartingPoint(source.name, prefix, done, (*report.ignored, *outside))
+
+
+def _prefix(checkpoint: Checkpoint, sources: Sequence[_Source], wanted: str | None) -> str:
+    """What stands before the names of the encoder, found by its patch embedding.
+
+    Raises:
+        CheckpointError: There is none, or several.
+    """
+    places = {
+        name.removesuffix(source.patches)
+        for source in sources
+        for name in checkpoint.tensors
+        if name == source.patches or name.endswith("." + source.patches)
+    }
+    found = sorted(place for place in places if wanted in (None, place))
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{checkpoint.folder}: encoders under {', '.join(map(repr, found))}; say which with prefix="
         )
-    return StartingPoint(source.name, prefix, done, report.ignored)
+    if not found:
+        looked = ", ".join(dict.fromkeys(source.patches for source in sources))
+        where = f" under {wanted!r}, only under {', '.join(map(repr, sorted(places)))}" if wanted and places else ""
+        raise CheckpointError(
+            f"{checkpoint.folder}: no patch embedding of such an encoder (looked for {looked}){where}"
+        )
+    return found[0]
 
 
-def _keys(source: _Source, prefix: str, names: list[str], table: Tensor | None) -> KeyMap:
-    """The map of one layout under one prefix, in which the table comes out in the grid of the tower."""
+def _keys(source: _Source, table: Tensor | None) -> KeyMap:
+    """The map of one layout, in which the table comes out in the grid of the tower."""
     if table is None:
         positions = drop(source.table)
     else:
@@ -178,10 +196,7 @@ def _keys(source: _Source, prefix: str, names: list[str], table: Tensor | None) 
         positions = reshape(
             source.table, "positions.table", lambda t: _resampled(source.to_table(t), rows, cols), table_to_list
         )
-        positions = replace(positions, read_only=True)
-    within = source.keys + KeyMap(positions, *(drop(head) for head in source.heads))
-    outside = [name for name in names if not name.startswith(prefix)]
-    return within.mounted(theirs=prefix) + KeyMap(*(drop(name) for name in outside))
+    return source.keys + KeyMap(positions, *(drop(head) for head in source.heads)).read_only()
 
 
 def _resampled(table: Tensor, rows: int, cols: int) -> Tensor:
