@@ -108,7 +108,9 @@ def demo(
 def generate(
     model: Annotated[str, typer.Argument(metavar="FOLDER_OR_REPO", help="A saved model, or a repository of the Hub.")],
     image: Annotated[list[Path] | None, typer.Option(help="A picture; may be given several times.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A video: a file or a folder of frames.")] = None,
     prompt: Annotated[str, typer.Option(help="What to ask.")] = "",
+    thinking: Annotated[bool | None, typer.Option(help="Whether the answer begins with thoughts.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of probability to draw from.")] = 1.0,
@@ -116,15 +118,16 @@ def generate(
     device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
     revision: Annotated[str | None, typer.Option(help="Commit or branch on the Hub.")] = None,
 ) -> None:
-    """Ask a model about pictures and print its answer."""
+    """Ask a model about pictures and videos and print its answer."""
     import vlkit
 
     processor = vlkit.Processor.from_pretrained(model, revision=revision)
     network = vlkit.from_pretrained(model, revision=revision, device=_checked_device(device))
     content = [{"type": "image", "image": str(path)} for path in image or []]
+    content += [{"type": "video", "video": str(path)} for path in video or []]
     if prompt:
         content.append({"type": "text", "text": prompt})
-    batch = processor([{"role": "user", "content": content}]).to(device)
+    batch = processor([{"role": "user", "content": content}], thinking=thinking).to(device)
     answer = network.generate(batch, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)[0]
     typer.echo(processor.decode(answer))
 
