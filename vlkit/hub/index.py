@@ -86,11 +86,12 @@ def read_index(folder: Path, index: str) -> dict[str, str]:
     weight_map = read_json(path, error=CorruptCheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptCheckpointError(f"{folder / index}: expected a weight_map of tensor names to file names")
-    suffix = ".safetensors" if index == INDEX else ".bin"
-    return {
-        tensor: check_name(file, f"{folder / index}: tensor {tensor!r}", suffixes=(suffix,))
-        for tensor, file in weight_map.items()
-    }
+    suffixes = (".safetensors",) if index == INDEX else (".bin",)
+    first = {repr(file): tensor for tensor, file in reversed(weight_map.items())}  # each name is checked once
+    where = f"{folder / index}: tensor"
+    for tensor in first.values():
+        check_name(weight_map[tensor], f"{where} {tensor!r}", suffixes=suffixes)
+    return weight_map
 
 
 def is_weight_file(name: str) -> bool:

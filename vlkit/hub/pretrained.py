@@ -156,10 +156,10 @@ def load_weights(
         for step in order:
             slot = slots[step.target]
             if slot.tensor.is_meta:
-                if stays and step.rule.keeps and checkpoint.tensors[step.sources[0]].dtype == slot.dtype:
-                    slot.fill(checkpoint.read(step.sources[0]))
+                if stays and (view := _as_it_lies(step, slot.dtype, checkpoint)) is not None:
+                    slot.fill(view)
                     if check_finite and slot.dtype.is_floating_point:
-                        _check_finite(slot.tensor, slot.tensor, step.sources[0], step.target)
+                        _check_finite(view, view, step.sources[0], step.target)
                     continue
                 slot.fill(torch.empty(slot.tensor.shape, dtype=slot.dtype, device=device))
             for (row, piece), source in zip(step.pieces(checkpoint.read), step.sources, strict=True):
@@ -254,10 +254,7 @@ class _Slot:
             value = nn.Parameter(value, requires_grad=self.tensor.requires_grad)
             value.__dict__.update(self.tensor.__dict__)
         for module, name in self.places:
-            if self.is_parameter:
-                module.register_parameter(name, value)  # type: ignore[arg-type]
-            else:
-                module._buffers[name] = value
+            (module._parameters if self.is_parameter else module._buffers)[name] = value  # type: ignore[assignment]
         self.tensor = value
 
 
@@ -357,6 +354,14 @@ def _allocate_missing(model: nn.Module, slots: Mapping[str, _Slot], report: KeyR
                 f"{paths[id(module)] or type(module).__name__} misses parameters and has no reset_parameters"
             )
         reset()
+
+
+def _as_it_lies(step: Step, dtype: torch.dtype, checkpoint: Checkpoint) -> Tensor | None:
+    """The parameter as a view of its mapped file, where the file holds it as it is, or as one block of a tensor."""
+    source = step.sources[0]
+    if step.rule.over is not None or checkpoint.tensors[source].dtype != dtype:
+        return None
+    return checkpoint.in_place(source, step.load(checkpoint.read))
 
 
 def _check_finite(target: Tensor, piece: Tensor, source: str, name: str) -> None:

@@ -238,11 +238,6 @@ class Rule:
         if length % step:
             raise ValueError(f"axis {self.dim} has length {length}, which is not a multiple of {step}")
 
-    @property
-    def keeps(self) -> bool:
-        """Whether our parameter is their tensor as it is."""
-        return self.to_ours is None and self.over is None and not self.parts
-
     def cuts_like(self, other: Rule) -> bool:
         """Whether the two certainly do the same with the numbers of a tensor."""
         ours, theirs = (

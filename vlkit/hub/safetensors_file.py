@@ -192,13 +192,18 @@ class MappedFile:
 
     def read(self, name: str) -> Tensor:
         """One tensor, as a view of the file."""
+        return self.read_part(name, 0, self.header.tensors[name].shape)
+
+    def read_part(self, name: str, start: int, shape: Sequence[int]) -> Tensor:
+        """The numbers of a tensor from byte `start` on, in this shape, as a view with a storage of its own."""
         info = self.header.tensors[name]
-        if info.num_bytes == 0:
-            return torch.empty(info.shape, dtype=info.dtype)
-        raw = torch.frombuffer(self._map, dtype=torch.uint8, count=info.num_bytes, offset=info.start)
-        if info.start % info.dtype.itemsize:
+        num_bytes, offset = math.prod(shape) * info.dtype.itemsize, info.start + start
+        if num_bytes == 0:
+            return torch.empty(tuple(shape), dtype=info.dtype)
+        raw = torch.frombuffer(self._map, dtype=torch.uint8, count=num_bytes, offset=offset)
+        if offset % info.dtype.itemsize:
             raw = raw.clone()  # other writers may leave a tensor unaligned
-        return raw.view(info.dtype).view(info.shape)
+        return raw.view(info.dtype).view(tuple(shape))
 
     def release(self, name: str) -> None:
         """Let the system take back the pages of a tensor; who still looks at it reads them from the file again."""
