@@ -1,4 +1,4 @@
-"""What holds for the towers of square patches and one table: odd packs, tables and rotary embedding on and off, compiling."""
+"""What holds for the towers of square patches and one table: odd packs, tables and rotary embedding on and off."""
 
 from __future__ import annotations
 
@@ -76,13 +76,6 @@ def test_rotary_embedding_sees_differences_of_positions_alone(name: str) -> None
     segments = packed.layout.segments("cpu")
     alone = tower.forward_blocks(x, tower.rotary(packed.layout, device="cpu"), segments)
     assert difference(tower.forward_blocks(x, moved, segments), alone) < 1e-12
-
-
-@towers
-def test_the_blocks_compile_once_for_all_image_sizes(name: str) -> None:
-    tower = tiny(name, num_layers=1)
-    packs = [patches_of(tower, grids) for grids in ([(3, 5)], GRIDS, [(1, 1), (1, 2)])]
-    check_blocks_compile_once(tower, packs, tolerance=1e-13)
 
 
 @towers
