@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -160,10 +161,18 @@ def test_stop_ids() -> None:
     assert read({**hub, "eos_token_id": [3, 151643]}).stop_ids == (3, 151643)
     del hub["eos_token_id"]
     assert read(hub).stop_ids == (151645, 151643)
-    # The default of the class beside a small vocabulary: ids that never come.
-    small = {**hub, "vocab_size": 400, "image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3,
-             "vision_end_token_id": 4}  # fmt: skip
-    assert read({**small, "eos_token_id": 151645}).stop_ids == ()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_of_another_vocabulary_are_none(family: str) -> None:
+    """The defaults of transformers' classes beside a small vocabulary: ids that never come."""
+    hub = transformers_5(published_config(FAMILIES[family]))
+    hub["text_config"]["vocab_size"] = 400
+    with pytest.raises(ConfigError, match="image_token_id: 151655 lies outside the vocabulary of 400"):
+        read(hub)
+    config = read({**hub, "image_token_id": 399})
+    assert (config.video_token_id, config.vision_marks, config.stop_ids) == (None, None, ())
+    assert read(families()[family].write_config(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -206,6 +215,34 @@ def test_missing_fields_are_never_filled_from_class_defaults(name: str, field: s
     del hub.get("text_config", hub)[field]
     with pytest.raises(ConfigError, match=f"missing '{field}'"):
         read(hub)
+
+
+@pytest.mark.parametrize("value", [None, "x", -1, 0, 10**30, 1e300, True, [], [[1]], {}, {"a": 1}], ids=str)
+@pytest.mark.parametrize("name", FAMILIES.values())
+def test_whatever_a_field_holds_is_read_or_refused(name: str, value: Any) -> None:
+    """Never another error, and never a config that cannot be written again."""
+    for form in (published_config, lambda name: transformers_5(published_config(name))):
+        parts = [
+            (path, field) for path in ((), ("text_config",), ("vision_config",)) for field in part_of(form(name), path)
+        ]
+        for path, field in parts:
+            hub = form(name)
+            part_of(hub, path)[field] = value
+            if path == () and field == "model_type":
+                continue  # chooses the family
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UnknownFieldWarning)
+                try:
+                    config = read(hub)
+                except ConfigError:
+                    continue
+                assert read(families()[SIZES[name].family].write_config(config)) == config, f"{path} {field}"
+
+
+def part_of(hub: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    for name in path:
+        hub = hub.get(name, {})
+    return hub
 
 
 def test_unknown_fields_are_named() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+from vlkit.errors import ConfigError
 from vlkit.hub.keymap import KeyMap
 from vlkit.llm import qwen2
 from vlkit.llm.qwen2 import Qwen2Config
@@ -41,6 +42,8 @@ def read_config(hub: Mapping[str, Any]) -> VLMConfig:
     )
     vision, decoder = fields.vision, read_decoder(fields)
     dim, ratio = vision.take("embed_dim"), vision.take("mlp_ratio")
+    if not isinstance(ratio, (int, float)) or not isinstance(dim, int):
+        raise ConfigError(f"{vision.where}: embed_dim {dim!r} times mlp_ratio {ratio!r} is no width")
     tower = Qwen2ViTConfig(
         dim=dim,
         num_layers=vision.take("depth"),

@@ -79,6 +79,8 @@ def read_config(hub: Mapping[str, Any], family: str = DENSE) -> VLMConfig:
         decoder = decoder.replace(
             num_experts=experts, top_k=text.take("num_experts_per_tok"), expert_dim=text.take("moe_intermediate_size")
         )
+        if not decoder.num_experts:
+            raise ConfigError(f"{text.where}: {experts!r} experts; a decoder without any is a {MODEL_TYPES[DENSE]}")
     vision.expect("out_hidden_size", decoder.dim)
     merge_size, tokens = vision.take("spatial_merge_size"), fields.tokens
     fields.warn_of_rest()

@@ -26,7 +26,8 @@ from vlkit.projectors.patch_merger import PatchMergerConfig
 IMAGE_TOKEN, VIDEO_TOKEN = 151655, 151656  # <|image_pad|>, <|video_pad|>
 VISION_MARKS = (151652, 151653)  # <|vision_start|>, <|vision_end|>
 END_OF_TURN, END_OF_TEXT = 151645, 151643  # <|im_end|>, <|endoftext|>
-TOKEN_FIELDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
+MARK_FIELDS = ("vision_start_token_id", "vision_end_token_id")
+TOKEN_FIELDS = ("image_token_id", "video_token_id", "vision_token_id", *MARK_FIELDS)
 TEXT_WITHOUT_EFFECT = (  # training only, serving only, or fixed by the architecture
     "attention_dropout", "bos_token_id", "pad_token_id", "initializer_range", "use_cache", "sliding_window",
     "max_window_layers", "output_router_logits", "router_aux_loss_coef", *TOKEN_FIELDS,
@@ -77,24 +78,33 @@ class HubConfig:
 
     @property
     def tokens(self) -> dict[str, Any]:
-        """The fields of VLMConfig about ids. Files that leave ids out mean those of the published vocabulary."""
-        start, end = VISION_MARKS
+        """The fields of VLMConfig about ids.
+
+        Files that leave ids out mean those of the published vocabulary. Small models keep them as defaults of the class, though
+        their vocabulary does not have them: such ids never come, and only the one of images is needed.
+        """
+        marks = [self.top.take(name, token) for name, token in zip(MARK_FIELDS, VISION_MARKS, strict=True)]
+        video, ends = self.top.take("video_token_id", VIDEO_TOKEN), self._ends()
         return {
             "image_token_id": self.top.take("image_token_id", IMAGE_TOKEN),
-            "video_token_id": self.top.take("video_token_id", VIDEO_TOKEN),
-            "vision_marks": (self.top.take("vision_start_token_id", start), self.top.take("vision_end_token_id", end)),
-            "stop_ids": self._stop_ids(),
+            "video_token_id": video if self._known(video) else None,
+            "vision_marks": None if None in marks or not all(map(self._known, marks)) else tuple(marks),
+            "stop_ids": tuple(filter(self._known, ends)),
         }
 
-    def _stop_ids(self) -> tuple[int, ...]:
-        end, vocab_size = self.text.take("eos_token_id", None), self.text.take("vocab_size")
+    def _known(self, token: Any) -> bool:
+        """Whether an id lies within the vocabulary; what is no id is left for VLMConfig to refuse."""
+        vocab_size = self.text.take("vocab_size")
+        return not (isinstance(token, int) and isinstance(vocab_size, int) and token >= vocab_size)
+
+    def _ends(self) -> list[Any]:
+        end = self.text.take("eos_token_id", None)
         if end is None:
-            end = self.top.take("eos_token_id", END_OF_TURN)
-        ids = end if isinstance(end, list) else [end]
-        if ids == [END_OF_TURN]:  # what the published files say here; their generation_config.json adds the other
-            ids = [END_OF_TURN, END_OF_TEXT]
-        # Small models keep the default of the class, an id that their vocabulary does not have and that never comes.
-        return tuple(token for token in ids if not (isinstance(token, int) and token >= vocab_size))
+            end = self.top.take("eos_token_id", None)
+        if end is None or end in (END_OF_TURN, [END_OF_TURN]):
+            # What the published files say here; their generation_config.json adds the other.
+            return [END_OF_TURN, END_OF_TEXT]
+        return end if isinstance(end, list) else [end]
 
     def warn_of_rest(self) -> None:
         """Warn of fields without an effect."""
@@ -148,9 +158,9 @@ def read_hub(
     text.expect("hidden_act", "silu")
     text.expect("use_sliding_window", False, None)
     text.expect("attention_bias", False)
-    kinds = set(text.take("layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ConfigError(f"{text.where}.layer_types: {sorted(kinds)} is not supported, only 'full_attention'")
+    kinds = text.take("layer_types", None)
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise ConfigError(f"{text.where}.layer_types: {kinds!r} is not supported, only 'full_attention' in every layer")
     tied = top.take("tie_word_embeddings", False)
     if inner_tie and nested:
         tied = tied or text.take("tie_word_embeddings", False)
@@ -175,13 +185,12 @@ def _rotation(text: HubFields, interleaved: bool) -> tuple[Any, Any]:
 
 def written_tokens(config: VLMConfig) -> dict[str, Any]:
     """The fields at the top of config.json about ids, as `HubConfig.tokens` reads them."""
-    start, end = config.vision_marks or VISION_MARKS
-    return {
-        "image_token_id": config.image_token_id,
-        "video_token_id": config.video_token_id,
-        "vision_start_token_id": start,
-        "vision_end_token_id": end,
-    }
+    vocab_size: int = config.llm.vocab_size  # type: ignore[attr-defined]
+    start, end = config.vision_marks or (None, None)
+    written = {"video_token_id": config.video_token_id, **dict(zip(MARK_FIELDS, (start, end), strict=True))}
+    # None is only written where leaving the field out would mean an id.
+    written = {name: token for name, token in written.items() if token is not None or vocab_size > VIDEO_TOKEN}
+    return {"image_token_id": config.image_token_id, **written}
 
 
 def written_text(config: VLMConfig) -> dict[str, Any]:
