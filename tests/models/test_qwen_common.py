@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from vlkit.errors import ConfigError, KeyMismatchError, UnknownFieldWarning
 from vlkit.hub.keymap import choose_keymap
 from vlkit.models import VLMConfig
 from vlkit.models.pretrained import layouts_of
+from vlkit.processing.hub_files import processor_config
 from vlkit.registry import families, model_spec
 
 FAMILIES = {"qwen2-vl": "qwen2-vl-2b", "qwen2.5-vl": "qwen2.5-vl-7b", "qwen3-vl": "qwen3-vl-4b",
@@ -258,6 +261,23 @@ def test_fine_tunes_for_screens_have_the_layout_of_their_base() -> None:
     base = model_spec("qwen2-vl-7b").config
     assert aguvis == base.replace(llm=base.llm.replace(vocab_size=151659), stop_ids=(151658,))
     assert families()["qwen2-vl"].write_config(aguvis)["eos_token_id"] == [151658]
+
+
+@pytest.mark.parametrize("name", FAMILIES.values())
+def test_registered_processors_are_those_of_the_published_files(name: str, tmp_path: Path) -> None:
+    third = name.startswith("qwen3")
+    images = {
+        "image_processor_type": "Qwen2VLImageProcessorFast" if third else "Qwen2VLImageProcessor",
+        "patch_size": 16 if third else 14, "merge_size": 2, "temporal_patch_size": 2,
+        "image_mean": [0.5] * 3 if third else [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.5] * 3 if third else [0.26862954, 0.26130258, 0.27577711],
+        **({"size": {"shortest_edge": 65536, "longest_edge": 16777216}} if third
+           else {"min_pixels": 3136, "max_pixels": 12845056}),
+    }  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+    (tmp_path / "config.json").write_text(json.dumps(published_config(name)))
+    found, want = processor_config(tmp_path), model_spec(name).processor
+    assert (found.chat, found.image, found.video) == (want.chat, want.image, want.video)
 
 
 # Saving what the layouts cannot hold.
