@@ -77,5 +77,5 @@ def read_generation_settings(values: Mapping[str, Any]) -> GenerationSettings:
     ends = values.get("eos_token_id")
     fields = {"do_sample": "sample", "temperature": "temperature", "top_p": "top_p", "top_k": "top_k"}
     found = {ours: values[theirs] for theirs, ours in fields.items() if values.get(theirs) is not None}
-    found["stop_ids"] = () if ends is None else ends if isinstance(ends, list) else (ends,)
+    found["stop_ids"] = () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
     return GenerationSettings(**found)

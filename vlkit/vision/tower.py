@@ -7,7 +7,7 @@ A tower's own file gives its config, how patches are embedded, which blocks it h
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -121,7 +121,7 @@ class TowerBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def run_block(block: nn.Module, x: Tensor, *context: Any, recompute: bool, backend: Backend) -> Any:
+def run_block(block: Callable[..., Any], x: Tensor, *context: Any, recompute: bool, backend: Backend) -> Any:
     """One block; with `recompute`, while gradients are recorded, its activations are made again in the backward.
 
     Args:
@@ -132,7 +132,9 @@ def run_block(block: nn.Module, x: Tensor, *context: Any, recompute: bool, backe
     return block(x, *context, backend=backend)
 
 
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *context: Any, recompute: bool, backend: Backend) -> Tensor:
+def run_blocks(
+    blocks: Iterable[Callable[..., Any]], x: Tensor, *context: Any, recompute: bool, backend: Backend
+) -> Tensor:
     """Blocks one after another, all with the same context. See `run_block`."""
     for block in blocks:
         x = run_block(block, x, *context, recompute=recompute, backend=backend)
