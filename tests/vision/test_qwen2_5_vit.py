@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.vision.tower_cases import check_blocks_compile_once, difference, patches_of, tiny
+from tests.vision.tower_cases import difference, patches_of, tiny
 from vlkit.errors import LayoutError
 from vlkit.packing import Layout, Packed
 from vlkit.vision.qwen2_5_vit import Qwen25ViTConfig, window_order
@@ -89,10 +89,3 @@ def test_only_the_named_layers_see_the_frame() -> None:
         changed[:, 4:] += 1
         before, after = tower(frame).tokens, tower(frame.with_tokens(changed.flatten(0, 1))).tokens
         assert torch.equal(before.view(4, 8, -1)[:, :4], after.view(4, 8, -1)[:, :4]) is (not reaches)
-
-
-def test_the_blocks_compile_once_for_all_sizes() -> None:
-    """Images and clips, with one window and with many."""
-    tower = tiny("qwen2.5-vit")
-    packs = [patches_of(tower, grids) for grids in ([(3, 5)], GRIDS, [(1, 1), (1, 2), (2, 3, 3)])]
-    check_blocks_compile_once(tower, packs, tolerance=1e-12)

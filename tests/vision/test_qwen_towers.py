@@ -1,4 +1,4 @@
-"""What holds for all of Qwen's towers: packs of images and clips, frames apart, compiling, published sizes and names."""
+"""What holds for all of Qwen's towers: packs of images and clips, frames apart, published sizes and names."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.vision.tower_cases import check_blocks_compile_once, difference, gradients, patches_of, tiny
+from tests.vision.tower_cases import difference, gradients, patches_of, tiny
 from vlkit.errors import ConfigError, LayoutError
 from vlkit.packing import Layout, Packed
 from vlkit.registry import component
