@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.vision.tower_cases import difference, randomized
 from vlkit.layers.patch import patchify
 from vlkit.layers.rope import apply_rotary
 from vlkit.packing import Layout, Packed
@@ -22,18 +23,13 @@ CONFIG = AIMv2Config(
 
 
 def reference(**changes: object) -> nn.Module:
-    """Weights of ordinary size everywhere, so that no norm, bias or table can be wrong unseen."""
     theirs = transformers.Aimv2VisionModel(
         transformers.Aimv2VisionConfig(
             hidden_size=48, intermediate_size=52, num_hidden_layers=3, num_attention_heads=3, patch_size=6, image_size=30,
             rms_norm_eps=1e-4, use_head=False, attn_implementation="eager", **changes,
         )
     )  # fmt: skip
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            noise = torch.randn(parameter.shape)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.2 * noise)
-    return theirs.eval()
+    return randomized(theirs)
 
 
 def loaded(theirs: nn.Module, folder: Path, config: AIMv2Config = CONFIG) -> AIMv2:
@@ -41,10 +37,6 @@ def loaded(theirs: nn.Module, folder: Path, config: AIMv2Config = CONFIG) -> AIM
     tower = AIMv2(config)
     load_starting_point(tower, folder)
     return tower
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).detach().abs().max() / theirs.detach().abs().max())
 
 
 def in_their_names(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -71,7 +63,7 @@ def test_features_and_gradients(tmp_path: Path) -> None:
     images = torch.randn(3, 3, 30, 30)
     packed = Packed(torch.cat([patchify(image, 6) for image in images]), Layout.from_grids([(5, 5)] * 3))
     features, want = ours(packed).tokens, theirs(images).last_hidden_state.flatten(0, 1)
-    assert relative(features, want) < 1e-5
+    assert difference(features, want) < 1e-5
 
     seed = torch.randn(features.shape)
     (features * seed).sum().backward()
@@ -79,7 +71,7 @@ def test_features_and_gradients(tmp_path: Path) -> None:
     gradients = in_their_names({name: p.grad for name, p in ours.named_parameters() if p.grad is not None})
     for name, parameter in theirs.named_parameters():
         assert parameter.grad is not None
-        assert relative(gradients[name].reshape(parameter.shape), parameter.grad) < 2e-5, name
+        assert difference(gradients[name].reshape(parameter.shape), parameter.grad) < 2e-5, name
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (1, 1), (1, 7), (9, 2)])
@@ -90,7 +82,7 @@ def test_odd_sizes_with_sines_for_a_table(grid: tuple[int, int], tmp_path: Path)
     ours = loaded(theirs, tmp_path, CONFIG.replace(position_grid=grid))
     image = torch.randn(3, 6 * grid[0], 6 * grid[1])
     features = ours(Packed(patchify(image, 6), Layout.from_grids([grid]))).tokens
-    assert relative(features, theirs(image[None]).last_hidden_state[0]) < 1e-5
+    assert difference(features, theirs(image[None]).last_hidden_state[0]) < 1e-5
 
 
 def test_rotary_embedding_is_that_of_qwen2_5_vl() -> None:
@@ -107,4 +99,4 @@ def test_rotary_embedding_is_that_of_qwen2_5_vl() -> None:
     angles = (positions[:, :, None] * frequencies).flatten(1)
     both = torch.cat([angles, angles], dim=-1)
     want, _ = apply_rotary_pos_emb_vision(q, q, both.cos(), both.sin())
-    assert relative(apply_rotary(q, rotary, pairing="half"), want) < 1e-6
+    assert difference(apply_rotary(q, rotary, pairing="half"), want) < 1e-6

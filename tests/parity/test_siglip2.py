@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
+from tests.vision.tower_cases import difference, randomized
 from vlkit.hub.keymap import KeyMap
 from vlkit.layers.patch import patchify
 from vlkit.packing import Layout, Packed
@@ -24,18 +25,13 @@ KEYS: KeyMap = siglip2.keys("patch_embedding", "position_embedding", convolution
 
 
 def reference() -> nn.Module:
-    """Weights of ordinary size everywhere, so that no norm, bias or table can be wrong unseen."""
     theirs = transformers.SiglipVisionModel(
         transformers.SiglipVisionConfig(
             hidden_size=48, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, patch_size=6, image_size=24,
             layer_norm_eps=1e-5, vision_use_head=False, attn_implementation="eager",
         )
     )  # fmt: skip
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            noise = torch.randn(parameter.shape)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name and name.endswith("weight") else 0.2 * noise)
-    return theirs.eval()
+    return randomized(theirs)
 
 
 def test_features_and_gradients_of_odd_sizes(tmp_path: Path) -> None:
@@ -48,7 +44,7 @@ def test_features_and_gradients_of_odd_sizes(tmp_path: Path) -> None:
 
     features = ours(packed).tokens
     want = torch.cat([theirs(image[None], interpolate_pos_encoding=True).last_hidden_state[0] for image in images])
-    assert relative(features, want) < 1e-5
+    assert difference(features, want) < 1e-5
 
     seed = torch.randn(features.shape)
     (features * seed).sum().backward()
@@ -58,8 +54,4 @@ def test_features_and_gradients_of_odd_sizes(tmp_path: Path) -> None:
         assert parameter.grad is not None
         # The softmax does not see what keys share, so the gradient of their bias is rounding alone.
         if not name.endswith("attn.k.bias"):
-            assert relative(parameter.grad, gradients[name]) < 2e-5, name
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).detach().abs().max() / theirs.detach().abs().max())
+            assert difference(parameter.grad, gradients[name]) < 2e-5, name

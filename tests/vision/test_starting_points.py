@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.vision.tower_cases import difference, randomized
 from vlkit.errors import CheckpointError, ConfigError, KeyMismatchError
 from vlkit.layers.patch import patchify
 from vlkit.packing import Layout, Packed
@@ -28,15 +29,6 @@ SIGLIP = {
 MOONVIT = MoonViTConfig(**SIZES, mlp_dim=48, use_rope=False, norm_eps=1e-6)
 
 
-def randomized(module: nn.Module) -> nn.Module:
-    """Weights of ordinary size everywhere, so that no norm, bias or table can be wrong unseen."""
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name and name.endswith("weight") else 0.2 * noise)
-    return module.eval()
-
-
 def images() -> Tensor:
     return torch.randn(2, 3, GRID * P, GRID * P)
 
@@ -49,11 +41,6 @@ def saved(folder: Path, state: dict[str, Tensor]) -> Path:
     folder.mkdir(exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
     return folder
-
-
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    theirs = theirs.reshape(ours.shape)
-    return float((ours - theirs).detach().abs().max() / theirs.detach().abs().max())
 
 
 def aimv2_of_transformers(**changes: object) -> nn.Module:
@@ -122,14 +109,17 @@ def naflex_patches(pixels: Tensor) -> dict[str, Tensor]:
 
 
 def features(kind: str, theirs: nn.Module, pixels: Tensor) -> Tensor:
-    if kind == "transformers":
-        return theirs(pixels).last_hidden_state
-    if kind == "timm":
-        return theirs.forward_features(pixels)
+    """Of all patches of all images."""
     given = naflex_patches(pixels)
-    if kind == "transformers, NaFlex":
-        return theirs(given["patches"], given["valid"], given["shapes"]).last_hidden_state
-    return theirs.forward_features(given["patches"], given["coordinates"], given["valid"].bool())["patches"]
+    if kind == "transformers":
+        found = theirs(pixels).last_hidden_state
+    elif kind == "timm":
+        found = theirs.forward_features(pixels)
+    elif kind == "transformers, NaFlex":
+        found = theirs(given["patches"], given["valid"], given["shapes"]).last_hidden_state
+    else:
+        found = theirs.forward_features(given["patches"], given["coordinates"], given["valid"].bool())["patches"]
+    return found.flatten(0, 1)
 
 
 # ---- AIMv2
@@ -206,7 +196,7 @@ def test_text_towers_and_scales_are_left_out_and_named(tmp_path: Path) -> None:
     assert found.prefix == "vision_model."
     assert {name.split(".")[0] for name in found.dropped} == {"text_model", "vision_model", "logit_scale", "logit_bias"}
     assert all(name.startswith("vision_model.head.") for name in found.dropped if name.startswith("vision_model."))
-    assert difference(tower(packed(pixels)).tokens, theirs.vision_model(pixels).last_hidden_state) < 1e-5
+    assert difference(tower(packed(pixels)).tokens, features("transformers", theirs.vision_model, pixels)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["AIMv2", "SigLIP2", "MoonViT"])
