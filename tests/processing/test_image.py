@@ -63,6 +63,26 @@ def test_patches_are_those_of_the_slow_way(rule: ImageRule) -> None:
     assert packed.layout.grids == tuple((1, *rule.target_size(i.height, i.width).grid) for i in images)
 
 
+@pytest.mark.parametrize("patch_size", [1, 2, 3, 4, 5, 8, 12, 16, 20])
+def test_patches_of_any_size_are_cut_right(patch_size: int) -> None:
+    """Bytes are moved eight, four, two or one at a time."""
+    rule = ImageRule(patch_size=patch_size, merge_size=1, **CLIP)
+    image = noise(5 * patch_size, 3 * patch_size)
+
+    assert torch.equal(pack_images([image], rule).tokens, slow_patches(image, rule))
+
+
+def test_torch_resamples_like_pillow_up_to_a_grey_level() -> None:
+    rule = ImageRule(patch_size=4, fit="resize", max_patches=None, max_pixels=5000)
+    image = noise(333, 77)
+
+    pillow, torchs = (pack_images([image], rule.replace(resampler=name)).tokens for name in ("pillow", "torch"))
+
+    steps = (torchs - pillow).abs() * 127.5
+    assert 0 < steps.max() < 2.01
+    assert (steps > 1.01).float().mean() < 1e-3
+
+
 def test_padding_is_black_before_normalisation() -> None:
     packed = pack_images([Image.new("RGB", (1, 1), (255, 255, 255))])
 

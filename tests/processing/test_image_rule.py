@@ -266,6 +266,10 @@ def test_contradicting_budgets_are_refused() -> None:
         ImageRule(max_pixels=783)
     with pytest.raises(ConfigError, match="max_pixels=1000 is below min_pixels=2000"):
         ImageRule(max_pixels=1000, min_pixels=2000)
+    with pytest.raises(ConfigError, match="'torch' has no filter 'lanczos'"):
+        ImageRule(resample="lanczos", resampler="torch")
+    with pytest.raises(ConfigError, match="longest=27 is below one token of 28 pixels"):
+        ImageRule(longest=27)
     with pytest.raises(ConfigError, match="std"):
         ImageRule(std=(0.5, 0.0, 0.5))
 

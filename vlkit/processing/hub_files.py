@@ -199,6 +199,7 @@ def _qwen(fields: Mapping[str, Any], video: Mapping[str, Any], third: bool, thin
             max_side=None,
             mean=_field(fields, "image_mean"),
             std=_field(fields, "image_std"),
+            resampler="torch",
         ),
         video=_qwen_video(video, third),
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -56,17 +56,26 @@ def pack_images(
         except ImageError as error:
             raise ImageError(f"image {index}: {error}") from None
     layout = Layout.from_grids(plan.grid for plan in plans)
-    patches = torch.empty(layout.num_tokens, rule.patch_dim)
+    patches = fresh_patches(layout.num_tokens, rule)
     for image, plan, out in zip(read, plans, patches.split(list(layout.lengths)), strict=True):
         write_patches([on_canvas(image, plan, rule)], plan, rule, out)
     return Packed(patches, layout)
 
 
+def fresh_patches(count: int, rule: ImageRule) -> Tensor:
+    """Memory for patches, [count, patch_dim] fp32. NumPy's comes in large pages, which are five times as fast to touch first."""
+    return torch.from_numpy(np.empty((count, rule.patch_dim), dtype=np.float32))
+
+
 def on_canvas(image: Image.Image, plan: ResizePlan, rule: ImageRule) -> np.ndarray:
     """The resized image on its canvas, uint8 [H, W, 3]."""
-    if plan.resized != (image.height, image.width):
-        image = image.resize(plan.resized[::-1], _FILTERS[rule.resample])
-    pixels = np.array(image)  # a copy: torch wants memory that it may write
+    if plan.resized == (image.height, image.width):
+        pixels = np.asarray(image)
+    elif rule.resampler == "pillow":
+        pixels = np.asarray(image.resize(plan.resized[::-1], _FILTERS[rule.resample]))
+    else:
+        planes = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
+        pixels = F.interpolate(planes, plan.resized, mode=rule.resample, antialias=True)[0].permute(1, 2, 0).numpy()
     if plan.resized == plan.canvas:
         return pixels
     canvas = np.empty((*plan.canvas, 3), dtype=np.uint8)
@@ -76,24 +85,39 @@ def on_canvas(image: Image.Image, plan: ResizePlan, rule: ImageRule) -> np.ndarr
     return canvas
 
 
+_BLOCK = 2**16  # values normalised at a time: they stay in the cache from the first operation to the last
+
+
 def write_patches(frames: Sequence[np.ndarray], plan: ResizePlan, rule: ImageRule, out: Tensor) -> None:
     """Write the normalised patches of one time step into `out` [patches, 3 * T * P * P].
 
-    The same reshape as `vlkit.layers.patch.patchify`, done while bytes become floats so that the pixels are moved once.
+    The same reshape as `vlkit.layers.patch.patchify`, done on bytes: a quarter of the memory of the floats that they become.
 
     Args:
         frames: Canvases of up to T frames; the last one stands for those that are missing.
     """
     size = rule.patch_size
-    target = out.view(*plan.grid, 3, rule.frames_per_patch, size, size)
+    target = out.view(-1, 3, rule.frames_per_patch, size * size)
+    step = max(_BLOCK // (3 * size * size), 1)
+    mean, std = _per_channel(rule.mean), _per_channel(rule.std)
     for time, canvas in enumerate(frames):
-        view = rearrange(torch.from_numpy(canvas), "(rows p) (cols q) c -> rows cols c p q", p=size, q=size)
-        # In the published order (divide, subtract, divide), so that the values are theirs to the last bit.
-        frame = target[:, :, :, time]
-        torch.div(view, 255.0, out=frame)
-        frame.sub_(_per_channel(rule.mean)).div_(_per_channel(rule.std))
-    target[:, :, :, len(frames) :] = target[:, :, :, len(frames) - 1 : len(frames)]
+        last = time == len(frames) - 1
+        places = target[:, :, time:] if last else target[:, :, time : time + 1]
+        values = torch.from_numpy(_byte_patches(canvas, plan.grid, size))
+        for begin in range(0, len(values), step):
+            # In the published order (divide, subtract, divide), so that the values are theirs to the last bit.
+            block = values[begin : begin + step].float().div_(255.0).sub_(mean).div_(std)
+            places[begin : begin + step] = block.unsqueeze(2)
+
+
+def _byte_patches(canvas: np.ndarray, grid: tuple[int, int], size: int) -> np.ndarray:
+    """The patches of a canvas as bytes, [patches, 3, P * P]. NumPy moves small runs of bytes faster than torch does."""
+    planes = np.ascontiguousarray(canvas.transpose(2, 0, 1))
+    word = next(word for word in (8, 4, 2, 1) if size % word == 0)  # bytes moved as one
+    words = planes.view(f"u{word}").reshape(3, grid[0], size, grid[1], size // word)
+    patches = np.ascontiguousarray(words.transpose(1, 3, 0, 2, 4))
+    return patches.view(np.uint8).reshape(grid[0] * grid[1], 3, size * size)
 
 
 def _per_channel(values: tuple[float, float, float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+    return torch.tensor(values, dtype=torch.float32).view(3, 1)

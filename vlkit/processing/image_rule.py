@@ -38,6 +38,8 @@ class ImageRule(Config):
         mean: Per channel, subtracted from values in 0..1.
         std: Per channel, divided by afterwards.
         resample: Filter of the resize, antialiased.
+        resampler: What resizes: "pillow", as Kimi-VL and AndesVL were published, or "torch", which transformers uses for Qwen2-VL
+            and later. It is several times faster, and differs by one grey level, in about 14 of a million values by two.
     """
 
     patch_size: Size = 14
@@ -54,6 +56,7 @@ class ImageRule(Config):
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
     resample: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    resampler: Literal["pillow", "torch"] = "pillow"
 
     def check(self) -> None:
         if self.max_pixels is not None and self.max_pixels < self.multiple**2:
@@ -64,6 +67,8 @@ class ImageRule(Config):
             raise ConfigError(f"ImageRule: max_pixels={self.max_pixels} is below min_pixels={self.min_pixels}")
         if self.longest is not None and self.longest < self.multiple:
             raise ConfigError(f"ImageRule: longest={self.longest} is below one token of {self.multiple} pixels")
+        if self.resampler == "torch" and self.resample == "lanczos":
+            raise ConfigError("ImageRule: the resampler 'torch' has no filter 'lanczos'; use 'pillow'")
         if self.fit == "stretch" and (self.max_side is None or self.max_side % self.merge_size):
             raise ConfigError(
                 f"ImageRule: fit 'stretch' makes squares of max_side patches, a multiple of merge_size="

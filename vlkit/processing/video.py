@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
-
 from vlkit.errors import VideoError, VlkitError
 from vlkit.packing import Layout, Packed
-from vlkit.processing.image import on_canvas, write_patches
+from vlkit.processing.image import fresh_patches, on_canvas, write_patches
 from vlkit.processing.image_reading import ReadRule
 from vlkit.processing.image_rule import ImageRule
 from vlkit.processing.video_reading import open_video
@@ -65,7 +63,7 @@ def pack_video(
     except VlkitError as error:
         raise VideoError(f"{name}: {error}") from error
     layout = Layout.from_grids([(len(samples.times), *plan.grid)])
-    patches = torch.empty(layout.num_tokens, image.patch_dim)
+    patches = fresh_patches(layout.num_tokens, image)
     canvases = [on_canvas(first, plan, image)]
     for out in patches.chunk(len(samples.times)):
         while len(canvases) < size and (frame := next(frames, None)) is not None:
