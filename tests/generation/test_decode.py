@@ -11,18 +11,30 @@ from vlkit.packing import Batch, Layout, Packed
 from vlkit.testing import random_batch
 
 
+_IMAGES = [(6, [(2, 3)]), (3, []), (9, [(1, 2), (3, 1)])]
+_VIDEO = (8, [(1, 2), (5, 1, 2)])  # an image, and a video of five time steps
+WITH_IMAGES = {
+    "qwen2-vl-tiny": [*_IMAGES, _VIDEO],
+    "qwen2.5-vl-tiny": [*_IMAGES, _VIDEO],
+    "qwen3-vl-moe-tiny": _IMAGES,
+    "qwen-vl-tiny": _IMAGES,
+}
+
+
 @pytest.fixture(scope="module")
 def model() -> vlkit.VisionLanguageModel:
     torch.manual_seed(0)
     return vlkit.create_model("moonvit-qwen3-tiny", dtype=torch.float64)
 
 
-def greedy_without_cache(model: vlkit.VisionLanguageModel, batch: Batch, steps: int, start: int = 0) -> list[int]:
-    """The definition: run everything again for every token."""
+def greedy_without_cache(
+    model: vlkit.VisionLanguageModel, batch: Batch, steps: int, start: int | None = None
+) -> list[int]:
+    """The definition: run everything again for every token. The model finds positions by itself unless told a start."""
     ids = batch.ids.tokens
     for _ in range(steps):
         layout = Layout((len(ids),))
-        positions = torch.arange(start, start + len(ids))
+        positions = None if start is None else torch.arange(start, start + len(ids))
         with torch.no_grad():
             logits = model(Batch(Packed(ids, layout), batch.patches, positions=positions)).logits.tokens
         ids = torch.cat([ids, logits[-1:].argmax(-1)])
@@ -32,6 +44,18 @@ def greedy_without_cache(model: vlkit.VisionLanguageModel, batch: Batch, steps: 
 def test_equals_the_definition(model: vlkit.VisionLanguageModel) -> None:
     batch = random_batch(model, [(6, [(2, 1)])], labels=False)
     assert model.generate(batch, max_new_tokens=5, stop=()) == [greedy_without_cache(model, batch, 5)]
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl-tiny", "qwen2.5-vl-tiny", "qwen3-vl-moe-tiny", "qwen-vl-tiny"])
+def test_answers_after_images_are_the_definition(name: str) -> None:
+    """Positions in time, row and column, features of inner layers, and prompts of unequal lengths in one batch."""
+    torch.manual_seed(0)
+    model = vlkit.create_model(name, dtype=torch.float64).eval()
+    for parameter in model.llm.parameters():  # so that answers depend on all of it
+        torch.nn.init.normal_(parameter, std=0.3)
+    parts = [random_batch(model, [sequence], seed=i, labels=False) for i, sequence in enumerate(WITH_IMAGES[name])]
+    together = model.generate(Batch.concat(parts), max_new_tokens=5, stop=())
+    assert together == [greedy_without_cache(model, part, 5) for part in parts]
 
 
 def test_given_positions_go_on(model: vlkit.VisionLanguageModel) -> None:
