@@ -39,7 +39,7 @@ class ImageRule(Config):
         std: Per channel, divided by afterwards.
         resample: Filter of the resize, antialiased.
         resampler: What resizes: "pillow", as Kimi-VL and AndesVL were published, or "torch", which transformers uses for Qwen2-VL
-            and later. It is several times faster, and differs by one grey level, in about 14 of a million values by two.
+            and later. It is several times faster, and differs by one grey level, seldom by more.
     """
 
     patch_size: Size = 14
