@@ -10,7 +10,6 @@ from vlkit.errors import ConfigError, SequenceTooLongError
 from vlkit.packing import Batch, Layout, Packed
 from vlkit.testing import random_batch
 
-
 _IMAGES = [(6, [(2, 3)]), (3, []), (9, [(1, 2), (3, 1)])]
 _VIDEO = (8, [(1, 2), (5, 1, 2)])  # an image, and a video of five time steps
 WITH_IMAGES = {
@@ -36,7 +35,9 @@ def greedy_without_cache(
         layout = Layout((len(ids),))
         positions = None if start is None else torch.arange(start, start + len(ids))
         with torch.no_grad():
-            logits = model(Batch(Packed(ids, layout), batch.patches, positions=positions)).logits.tokens
+            logits = model(
+                Batch(Packed(ids, layout), batch.patches, positions=positions, seconds=batch.seconds)
+            ).logits.tokens
         ids = torch.cat([ids, logits[-1:].argmax(-1)])
     return ids[-steps:].tolist()
 
