@@ -37,8 +37,9 @@ QWEN2_PROCESSOR = ProcessorConfig(
     tokenizer="files",
     chat=CHAT_FORMATS["chatml"],
     image=ImageRule(
-        fit="resize", resampler="torch", patch_size=14, frames_per_patch=2, max_patches=None, max_side=None, min_pixels=4 * 28 * 28,
-        max_pixels=16384 * 28 * 28, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
+        fit="resize", resampler="torch", patch_size=14, frames_per_patch=2, max_patches=None, max_side=None,
+        min_pixels=4 * 28 * 28, max_pixels=16384 * 28 * 28,
+        mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
     ),
     video=VideoRule(),
 )  # fmt: skip
@@ -48,8 +49,8 @@ QWEN3_PROCESSOR = ProcessorConfig(
     tokenizer="files",
     chat=CHAT_FORMATS["qwen3-vl"],
     image=ImageRule(
-        fit="resize", resampler="torch", patch_size=16, frames_per_patch=2, max_patches=None, max_side=None, min_pixels=64 * 32 * 32,
-        max_pixels=16384 * 32 * 32,
+        fit="resize", resampler="torch", patch_size=16, frames_per_patch=2, max_patches=None, max_side=None,
+        min_pixels=64 * 32 * 32, max_pixels=16384 * 32 * 32,
     ),
     video=VideoRule(multiple=1, spacing="ends", budget="video", min_pixels=4 * 32 * 32, max_pixels=24576 * 32 * 32),
 )  # fmt: skip
