@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +131,7 @@ def create_processor(model: str | VisionLanguageModel) -> Processor:
         patch_size=config.vision.patch_size,
         merge_size=config.projector.merge_size,
         frames_per_patch=getattr(config.vision, "frames_per_patch", 1),
+        tokens_per_image=_tokens_per_image(config.projector),
     )
     processor = Processor(ProcessorConfig(image=rule))
     if processor.image_token_id != config.image_token_id:
@@ -139,6 +141,13 @@ def create_processor(model: str | VisionLanguageModel) -> Processor:
             "Processor with the tokenizer that the model was trained with"
         )
     return processor
+
+
+def _tokens_per_image(projector: Any) -> int | None:
+    """How many tokens the projector makes of an image, if that is the same for all sizes."""
+    sides = (projector.merge_size, 2 * projector.merge_size, 3 * projector.merge_size)
+    counts = {math.prod(projector.out_grid((1, side, side))) for side in sides}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def _processor_of(spec: ModelSpec) -> Processor:
