@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +241,24 @@ def _without_table(keys: KeyMap) -> KeyMap:
     return KeyMap(*(rule for rule in keys.rules if rule.ours is None or rule.ours.text != "positions.table"))
 
 
+def _naflex(fixed: _Source, *, table: str, to_table: Callable[[Tensor], Tensor], stem: str | None = None) -> _Source:
+    """The NaFlex form of a layout: its patch embedding, the first two rules, is a matrix over (row, column, channel)."""
+    stem = stem or fixed.patches.removesuffix(".weight")
+    patches = f"{stem}.weight"
+    return replace(
+        fixed,
+        name=f"{fixed.name}, NaFlex",
+        patches=patches,
+        table=table,
+        to_table=to_table,
+        keys=KeyMap(
+            reshape(patches, "patch_embed.proj.weight", _linear_from_naflex, _naflex_from_linear),
+            rename(f"{stem}.bias", "patch_embed.proj.bias"),
+            *fixed.keys.rules[2:],
+        ),
+    )
+
+
 _TIMM_BLOCKS = (
     rename("blocks.{layer}.norm1.{kind}", "blocks.{layer}.norm1.{kind}"),
     rename("blocks.{layer}.norm2.{kind}", "blocks.{layer}.norm2.{kind}"),
@@ -248,7 +266,6 @@ _TIMM_BLOCKS = (
     rename("blocks.{layer}.attn.proj.{kind}", "blocks.{layer}.attn.out.{kind}"),
     rename("norm.{kind}", "norm.{kind}"),
 )
-_TIMM_MLP = rename("blocks.{layer}.mlp.{name}.{kind}", "blocks.{layer}.mlp.{name}.{kind}", name=("fc1", "fc2"))
 _TIMM_HEADS = ("head.{path}", "attn_pool.{path}", "fc_norm.{path}")
 
 _AIMV2 = (
@@ -307,58 +324,32 @@ _AIMV2 = (
     ),
 )
 
-_TRANSFORMERS_SIGLIP = _without_table(siglip2.keys("patch_embedding", convolution=True))
+_SIGLIP_FIXED = _Source(
+    "transformers",
+    patches="embeddings.patch_embedding.weight",
+    table="embeddings.position_embedding.weight",
+    to_table=list_to_table,
+    keys=_without_table(siglip2.keys("patch_embedding", convolution=True)),
+    heads=("head.{path}",),
+)
+_SIGLIP_OF_TIMM = _Source(
+    "timm",
+    patches="patch_embed.proj.weight",
+    table="pos_embed",
+    to_table=list_to_table,
+    keys=KeyMap(
+        reshape("patch_embed.proj.weight", "patch_embed.proj.weight", conv_to_linear, linear_to_conv),
+        rename("patch_embed.proj.bias", "patch_embed.proj.bias"),
+        *_TIMM_BLOCKS,
+        rename("blocks.{layer}.mlp.{name}.{kind}", "blocks.{layer}.mlp.{name}.{kind}"),
+    ),
+    heads=_TIMM_HEADS,
+)
 _SIGLIP = (
-    _Source(
-        "transformers",
-        patches="embeddings.patch_embedding.weight",
-        table="embeddings.position_embedding.weight",
-        to_table=list_to_table,
-        keys=_TRANSFORMERS_SIGLIP,
-        heads=("head.{path}",),
-    ),
-    _Source(
-        "transformers, NaFlex",
-        patches="embeddings.patch_embedding.weight",
-        table="embeddings.position_embedding.weight",
-        to_table=list_to_table,
-        keys=KeyMap(
-            reshape(
-                "embeddings.patch_embedding.weight",
-                "patch_embed.proj.weight",
-                _linear_from_naflex,
-                _naflex_from_linear,
-            ),
-            *_TRANSFORMERS_SIGLIP.rules[1:],
-        ),
-        heads=("head.{path}",),
-    ),
-    _Source(
-        "timm",
-        patches="patch_embed.proj.weight",
-        table="pos_embed",
-        to_table=list_to_table,
-        keys=KeyMap(
-            reshape("patch_embed.proj.weight", "patch_embed.proj.weight", conv_to_linear, linear_to_conv),
-            rename("patch_embed.proj.bias", "patch_embed.proj.bias"),
-            *_TIMM_BLOCKS,
-            _TIMM_MLP,
-        ),
-        heads=_TIMM_HEADS,
-    ),
-    _Source(
-        "timm, NaFlex",
-        patches="embeds.proj.weight",
-        table="embeds.pos_embed",
-        to_table=lambda table: table[0],
-        keys=KeyMap(
-            reshape("embeds.proj.weight", "patch_embed.proj.weight", _linear_from_naflex, _naflex_from_linear),
-            rename("embeds.proj.bias", "patch_embed.proj.bias"),
-            *_TIMM_BLOCKS,
-            _TIMM_MLP,
-        ),
-        heads=_TIMM_HEADS,
-    ),
+    _SIGLIP_FIXED,
+    _naflex(_SIGLIP_FIXED, table="embeddings.position_embedding.weight", to_table=list_to_table),
+    _SIGLIP_OF_TIMM,
+    _naflex(_SIGLIP_OF_TIMM, table="embeds.pos_embed", to_table=lambda table: table[0], stem="embeds.proj"),
     _Source(
         "AndesVL",
         patches="embeddings.proj.weight",
