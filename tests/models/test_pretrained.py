@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vlkit
+from tests.hub.loopback import Repository, serve
 from vlkit.errors import (
     CheckpointError,
     ConfigError,
@@ -314,6 +315,17 @@ def test_the_nearest_layout_is_reported(tmp_path: Path) -> None:
         assert vlkit.from_pretrained(tmp_path, strict=False).published_layout == 1
 
 
+def test_quantised_weights_are_refused_unless_asked_for(tmp_path: Path) -> None:
+    state = saved_in(0, tmp_path)
+    name = "multi_modal_projector.linear_2.weight"
+    state[name] = (state[name] * 100).to(torch.int8)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(CheckpointError, match=rf"int8 into float32: {name}\n.*pass allow_quantized=True"):
+        vlkit.from_pretrained(tmp_path)
+    assert torch.equal(vlkit.from_pretrained(tmp_path, allow_quantized=True).projector.fc2.weight, state[name].float())
+
+
 # Pickled weights.
 
 
@@ -392,3 +404,38 @@ def test_unknown_fields_warn_once_and_are_refused_when_asked(tmp_path: Path) -> 
     ]
     with pytest.raises(ConfigError, match="sliding_windw; strict_config=False ignores them"):
         vlkit.from_pretrained(tmp_path, strict_config=True)
+
+
+def test_a_model_comes_from_one_commit_of_the_hub_though_its_branch_moves(tmp_path: Path) -> None:
+    """Config and shards through a real client; the branch moves as soon as the config is there."""
+    commits = {}
+    for commit, seed in (("a" * 40, 0), ("b" * 40, 1)):
+        torch.manual_seed(seed)
+        folder = tmp_path / commit
+        vlkit.create_model("kimi-vl-tiny").save_pretrained(folder, max_shard_size="100KB")
+        commits[commit] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    load_and_save = """
+        import vlkit
+        from pathlib import Path
+        def resolve(out, **arguments):
+            vlkit.from_pretrained(**arguments).save_pretrained(out, max_shard_size="100KB")
+            return Path(out)
+    """
+    outs = [str(tmp_path / name) for name in ("branch", "commit")]
+    with serve(model=Repository(commits, {"main": "a" * 40})) as hub:
+
+        def move(path: str) -> None:
+            if path.endswith("/config.json"):
+                hub.repositories["lab/model"].branches["main"] = "b" * 40
+
+        hub.after = move
+        model = {"repo_or_folder": "lab/model"}
+        hub.fetch(
+            tmp_path / "home",
+            {**model, "out": outs[0]},
+            {**model, "out": outs[1], "revision": "b" * 40},
+            before=load_and_save,
+        )
+
+    for out, commit in zip(outs, commits, strict=True):
+        assert {path.name: path.read_bytes() for path in Path(out).iterdir()} == commits[commit]

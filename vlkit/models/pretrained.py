@@ -48,6 +48,7 @@ def from_pretrained(
     layout: int | None = None,
     mapped: bool = True,
     check_finite: bool | None = None,
+    allow_quantized: bool = False,
     allow_pickle: bool = False,
 ) -> VisionLanguageModel:
     """Load a model: its family by the checkpoint's own model_type, its weights streamed from mapped files.
@@ -67,6 +68,7 @@ def from_pretrained(
         mapped: On the CPU, weights stay views of the mapped files until something writes to them, so that loading copies nothing.
             False copies them, for files that somebody may overwrite in place; vlkit's own saves never do.
         check_finite: Refuse NaN and infinity; None looks for them in models below 10^8 parameters.
+        allow_quantized: Take integers and 8-bit floats as bare numbers, without scales.
         allow_pickle: Read `.bin` files if there is nothing else, with torch's weights_only loader.
 
     Raises:
@@ -104,6 +106,7 @@ def from_pretrained(
             layout=layout,
             mapped=mapped,
             check_finite=check_finite,
+            allow_quantized=allow_quantized,
         )
     _refuse_another_head(model, folder, report.ignored, allow_pickle)
     model.published_layout = report.layout
