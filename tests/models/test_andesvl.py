@@ -329,13 +329,15 @@ def test_patches_of_the_familys_own_processor_come_in_blocks() -> None:
         image.view(h // 2, 2, w // 2, 2, -1).transpose(1, 2).flatten(0, 3)
         for image, (_, h, w) in zip(batch.patches.unpack(), batch.patches.layout.grids or (), strict=True)
     ]
-    packed = model.pack(
-        input_ids=batch.ids.tokens[None],
-        pixel_values=torch.cat(blocks),
-        image_grid_hw=torch.tensor([grid[1:] for grid in batch.patches.layout.grids or ()]),
-    )
-    with torch.no_grad():
-        assert torch.equal(model(packed).logits.tokens, model(batch).logits.tokens)
+    grids = torch.tensor([grid[1:] for grid in batch.patches.layout.grids or ()])
+    ids = batch.ids.tokens[None]
+    # The authors' training code marks images by flags, and writes the end of text where their tokens will stand.
+    flags = ids == model.config.image_token_id
+    flagged = {"input_ids": ids.masked_fill(flags, model.config.stop_ids[0]), "image_flags": flags.long()}
+    for given in ({"input_ids": ids}, flagged):
+        packed = model.pack(**given, pixel_values=torch.cat(blocks), image_grid_hw=grids)
+        with torch.no_grad():
+            assert torch.equal(model(packed).logits.tokens, model(batch).logits.tokens)
 
 
 def test_a_prompt_is_written_as_the_published_chat_writes_it() -> None:
