@@ -146,8 +146,8 @@ def test_pretrained_weights_are_asked_of_timm_by_the_models_name(monkeypatch: py
     [
         (TimmViTConfig(name="swin_tiny_patch4_window7_224"), ConfigError, "its class is SwinTransformer"),
         (TimmViTConfig(name="convnext_tiny"), ConfigError, "its class is ConvNeXt.*VisionTransformer"),
-        (TimmViTConfig(name="vit_base_r50_s16_224"), ConfigError, "HybridEmbed"),
-        (TimmViTConfig(name="vit_small_patch16_18x2_224"), ConfigError, "ParallelThingsBlock"),
+        (TimmViTConfig(name="vit_tiny_r_s16_p8_224", arguments=(("depth", 1),)), ConfigError, "HybridEmbed"),
+        (TimmViTConfig(name="vit_small_patch16_18x2_224", arguments=(("depth", 1),)), ConfigError, "ParallelThingsBlock"),
         (TimmViTConfig(name="vit_small_patch16_rope_mixed_224"), ConfigError, "RotaryEmbeddingMixed"),
         (TimmViTConfig(name="vit_smal_patch14"), UnknownModelError, "the nearest are vit_small_patch"),
         (TimmViTConfig(name="hf-hub:owner/name"), ConfigError, "is a repository or a folder"),

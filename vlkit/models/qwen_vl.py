@@ -74,9 +74,9 @@ def read_config(hub: Mapping[str, Any]) -> VLMConfig:
     visual = top.part("visual")
     for name, *supported in (("rotary_pct", 1.0), ("no_bias", True), ("scale_attn_weights", True)):
         top.expect(name, *supported)
-    doubled = top.take("intermediate_size")  # both of the MLP's matrices before its product
-    if not isinstance(doubled, int) or doubled % 2:
-        raise ConfigError(f"config.json.intermediate_size: expected an even number, found {doubled!r}")
+    doubled = _count(top, "intermediate_size")  # both of the MLP's matrices before its product
+    if doubled % 2:
+        raise ConfigError(f"config.json.intermediate_size: expected an even number, found {doubled}")
     decoder = QwenConfig(
         vocab_size=top.take("vocab_size"),
         dim=top.take("hidden_size"),
@@ -97,40 +97,53 @@ def read_config(hub: Mapping[str, Any]) -> VLMConfig:
             f"config.json: {decoder.num_heads} heads of kv_channels={decoder.head_dim} are not hidden_size={decoder.dim}, as "
             "the published code needs"
         )
+    width, ratio = _count(visual, "width"), visual.take("mlp_ratio")
+    if not isinstance(ratio, (int, float)) or not 0 < ratio < 1e6:
+        raise ConfigError(f"config.json.visual.mlp_ratio: expected a number above 0, found {ratio!r}")
     tower = OpenCLIPViTConfig(
-        dim=visual.take("width"),
+        dim=width,
         num_layers=visual.take("layers"),
         num_heads=visual.take("heads"),
-        mlp_dim=int(visual.take("width") * visual.take("mlp_ratio")),
+        mlp_dim=int(width * ratio),
         patch_size=visual.take("patch_size"),
         position_grid=POSITION_GRID,
     )
-    width = visual.take("output_dim")
-    if width % QUERY_HEAD_DIM:
+    out_dim = _count(visual, "output_dim")
+    if out_dim % QUERY_HEAD_DIM:
         raise ConfigError(
-            f"config.json.visual.output_dim: {width} is not a multiple of {QUERY_HEAD_DIM}, a head's width"
+            f"config.json.visual.output_dim: {out_dim} is not a multiple of {QUERY_HEAD_DIM}, a head's width"
         )
     projector = ResamplerConfig(
         in_dim=tower.dim,
-        out_dim=width,
+        out_dim=out_dim,
         num_queries=visual.take("n_queries", NUM_QUERIES),
-        num_heads=width // QUERY_HEAD_DIM,
+        num_heads=out_dim // QUERY_HEAD_DIM,
     )
-    start = visual.take("image_start_id")
+    start = _count(visual, "image_start_id")
     visual.take("image_size", None)  # of the processor: the tower takes any size
     end = top.take("eos_token_id", None)
     top.warn_of_rest(*ENTRIES_WITHOUT_EFFECT)
     visual.warn_of_rest()
     # The published file leaves out what ends a turn; a list says all of it, and so does the file of another vocabulary.
-    stops = STOPS if start == IMAGE_START else () if end is None else (end,)
+    ends = () if end is None else tuple(end) if isinstance(end, list) else (end,)
+    if start == IMAGE_START and not isinstance(end, list):
+        ends = (*STOPS, *(each for each in ends if each not in STOPS))
     return VLMConfig(
         vision=tower,
         projector=projector,
         llm=decoder,
         image_token_id=start + 2,
-        stop_ids=tuple(end) if isinstance(end, list) else stops,
+        stop_ids=ends,
         family="qwen-vl",
     )
+
+
+def _count(fields: HubFields, name: str) -> int:
+    """A field that is computed with before a config class checks it."""
+    value = fields.take(name)
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{fields.where}.{name}: expected a whole number of at least 1, found {value!r}")
+    return value
 
 
 def write_config(config: VLMConfig) -> dict[str, Any]:
