@@ -341,7 +341,7 @@ def test_patches_of_the_familys_own_processor_come_in_blocks() -> None:
 
 
 def test_a_prompt_is_written_as_the_published_chat_writes_it() -> None:
-    """One marker before and after the image, no default system turn, one assistant header."""
+    """One marker before and after the image, no default system turn, one assistant header, and "<think>" if asked for."""
     spec = model_spec("andesvl-tiny")
     processor = vlkit.Processor(spec.processor)
     from PIL import Image
@@ -358,6 +358,10 @@ def test_a_prompt_is_written_as_the_published_chat_writes_it() -> None:
         "<|im_start|>user\n<img>" + "<|vision_pad|>" * tokens + "</img>What?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert special["<|vision_pad|>"] == spec.config.image_token_id
+    asked = [{"role": "user", "content": "Why?"}]
+    thinking = processor.decode(processor(asked, thinking=True).ids.tokens.tolist(), skip_special=False)
+    plain = processor.decode(processor(asked, thinking=False).ids.tokens.tolist(), skip_special=False)
+    assert (thinking, plain) == (plain + "<think>", "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n")
 
 
 @pytest.mark.parametrize("size", ["0.6b", "4b"])
