@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -147,13 +149,20 @@ def test_pretrained_weights_are_asked_of_timm_by_the_models_name(monkeypatch: py
         (TimmViTConfig(name="swin_tiny_patch4_window7_224"), ConfigError, "its class is SwinTransformer"),
         (TimmViTConfig(name="convnext_tiny"), ConfigError, "its class is ConvNeXt.*VisionTransformer"),
         (TimmViTConfig(name="vit_tiny_r_s16_p8_224", arguments=(("depth", 1),)), ConfigError, "HybridEmbed"),
-        (TimmViTConfig(name="vit_small_patch16_18x2_224", arguments=(("depth", 1),)), ConfigError, "ParallelThingsBlock"),
+        (
+            TimmViTConfig(name="vit_small_patch16_18x2_224", arguments=(("depth", 1),)),
+            ConfigError,
+            "ParallelThingsBlock",
+        ),
         (TimmViTConfig(name="vit_small_patch16_rope_mixed_224"), ConfigError, "RotaryEmbeddingMixed"),
         (TimmViTConfig(name="vit_smal_patch14"), UnknownModelError, "the nearest are vit_small_patch"),
         (TimmViTConfig(name="hf-hub:owner/name"), ConfigError, "is a repository or a folder"),
         (TimmViTConfig(name="test_vit", arguments=(("dept", 2),)), ConfigError, "with the arguments dept=2"),
         (TimmViTConfig(name="test_vit", arguments=(("drop_path_rate", 0.1),)), ConfigError, "drops at random"),
         (TimmViTConfig(name="test_vit", arguments=(("patch_drop_rate", 0.1),)), ConfigError, "patch_drop_rate"),
+        (TimmViTConfig(name="test_vit", arguments=(("num_heads", 0),)), ConfigError, "with the arguments num_heads=0"),
+        (TimmViTConfig(name="test_vit", arguments=(("block_fn", "Block"),)), ConfigError, "block_fn='Block'"),
+        (TimmViTConfig(name="test_vit.no_such_tag"), ConfigError, "no_such_tag"),
         (TimmViTConfig(name="test_vit", num_layers=7), ConfigError, "7 of the 6 blocks"),
     ],
     ids=lambda value: value.name if isinstance(value, TimmViTConfig) else None,
@@ -163,6 +172,23 @@ def test_what_cannot_be_packed_is_named(config: TimmViTConfig, error: type[Excep
         _ = config.out_dim
     with pytest.raises(error, match=words):
         TimmViT(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((("checkpoint_path", "stranger.pth"),), "'checkpoint_path' is not a size or an option"),
+        ((("pretrained", True),), "'pretrained' is not a size or an option"),
+        ((("depth", 2), ("depth", 3)), "'depth' is given twice"),
+        ((("depth", 5000),), "depth=5000 is beyond 4096"),
+        ((("embed_dim", 10**9),), "embed_dim=1000000000 is beyond"),
+        ((("drop_path_rate", float("nan")),), "nan"),
+    ],
+)
+def test_arguments_cannot_read_files_or_fill_memory(arguments: tuple[tuple[str, Any], ...], words: str) -> None:
+    """They are in the config of a saved model, which may come from a stranger."""
+    with pytest.raises(ConfigError, match=words):
+        TimmViTConfig(name="test_vit", arguments=arguments)
 
 
 def test_mistakes_are_named() -> None:

@@ -44,6 +44,12 @@ BLOCKS = ("Block", "ResPostBlock", "EvaBlock", "EvaBlockPostNorm")
 ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
 ROPES = ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3")
 HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")
+# Arguments of timm.create_model that fetch or read files, or make something else than a tower; a config may be a stranger's.
+REFUSED = {
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable", "exportable",
+    "no_jit", "num_classes", "features_only", "out_indices", "device", "dtype",
+}  # fmt: skip
+MAX_ARGUMENT, MAX_DEPTH = 2**20, 4096
 
 
 class TimmViTConfig(Config):
@@ -62,6 +68,16 @@ class TimmViTConfig(Config):
     num_layers: Depth | None = None
     final_norm: bool = True
     antialias: bool = True
+
+    def check(self) -> None:
+        names = [name for name, _ in self.arguments]
+        for name, value in self.arguments:
+            if name in REFUSED or names.count(name) > 1:
+                reason = "is given twice" if name not in REFUSED else "is not a size or an option of the architecture"
+                raise ConfigError(f"TimmViTConfig.arguments: {name!r} {reason}")
+            limit = MAX_DEPTH if name == "depth" else MAX_ARGUMENT
+            if isinstance(value, (int, float)) and not abs(value) <= limit:
+                raise ConfigError(f"TimmViTConfig.arguments: {name}={value} is beyond {limit}")
 
     @property
     def facts(self) -> Facts:
@@ -137,7 +153,7 @@ def _make_trunk(name: str, arguments: dict[str, Argument], **more: Any) -> Any:
         )
     try:
         trunk = timm.create_model(name, pretrained=False, num_classes=0, **arguments, **more)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # of any kind: what timm does with a wrong argument differs from model to model
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "none"
         raise ConfigError(f"timm cannot make {name} with the arguments {given}: {error}") from error
     reason = _why_not_packed(trunk)
