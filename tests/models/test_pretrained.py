@@ -26,7 +26,7 @@ from vlkit.errors import (
     UnknownModelError,
 )
 from vlkit.hub.checkpoint import verify_manifest
-from vlkit.hub.keymap import KeyMap
+from vlkit.hub.keymap import KeyMap, Rule, choose_keymap
 from vlkit.models import kimi_vl, pretrained
 from vlkit.models.vlm import VLMConfig
 from vlkit.registry import families
@@ -349,6 +349,23 @@ def test_pickled_weights_are_loaded_when_asked_for_and_saved_as_safetensors(tmp_
     again = load_file(tmp_path / "b" / "model.safetensors")
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], state[name]) for name in state)
+
+
+def test_picking_a_layout_asks_each_name_of_few_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 5,652 names of Kimi-VL, put to three layouts of 25 rules: one question for a name and a layout, not 25."""
+    config = vlkit.registry.model_spec("kimi-vl-a3b").config
+    with torch.device("meta"):
+        ours = {name: tensor.shape for name, tensor in vlkit.VisionLanguageModel(config).state_dict().items()}
+    keys = kimi_vl.keys(config)
+    theirs = {step.target: step.shape for step in keys.plan_save(ours)}
+    assert len(theirs) == 5652
+    questions = []
+    match = Rule.match_theirs
+    monkeypatch.setattr(Rule, "match_theirs", lambda rule, name: questions.append(name) or match(rule, name))
+
+    assert choose_keymap([keys.mounted(theirs="new."), turned("linear_2")(config), keys], theirs, ours).index == 2
+
+    assert len(questions) < 2.5 * len(theirs)  # the names of the first layout are told apart without a question
 
 
 # Files beside the weights.

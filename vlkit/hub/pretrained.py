@@ -16,8 +16,9 @@
         save_weights(model, folder, KEYS)
     write_folder("runs/best", write, replaces=is_weight_file)
 
-Loading holds one copy of the weights: every tensor is copied from the mapped file straight into its place, row by row
-where experts are stacked. Parameters take the type that is asked for; buffers keep the type that the model gives them:
+Loading holds one copy of the weights at most. On the CPU, what the files hold as it is stays in the mapped file until
+somebody writes to it; everything else is copied from there straight into its place, row by row where experts are stacked,
+and gives its pages back. Parameters take the type that is asked for; buffers keep the type that the model gives them:
 a router's bias stays in fp32 when the rest is bf16.
 """
 
@@ -123,11 +124,10 @@ def load_weights(
     _refuse_hidden_values(model)
     slots = _slots(model)
     ours = {name: tuple(slot.tensor.shape) for name, slot in slots.items()}
-    maps = [keys] if isinstance(keys, KeyMap) else list(keys)
-    written = checkpoint.metadata.get(LAYOUT, "")
-    claimed = int(written) if re.fullmatch("[0-9]{1,3}", written) else None
     try:
-        found = choose_keymap(maps, checkpoint.shapes, ours, strict=strict, layout=layout, written=claimed)
+        found = choose_keymap(
+            _listed(keys), checkpoint.shapes, ours, strict=strict, layout=layout, written=_claimed(checkpoint)
+        )
     except KeyMismatchError as error:
         raise KeyMismatchError(f"{checkpoint.folder}: {error}") from None
     steps, report = found.steps, found.report
@@ -151,21 +151,22 @@ def load_weights(
     _allocate_missing(model, slots, report, torch.device(device))
     # In the order of the files, so that disks read forward and one file is mapped at a time.
     order = sorted(steps, key=lambda step: _place(checkpoint, step))
-    stays = mapped and checkpoint.mapped and torch.device(device).type == "cpu"
+    stays = mapped and torch.device(device).type == "cpu"
     with torch.no_grad():
         for step in order:
             slot = slots[step.target]
             if slot.tensor.is_meta:
-                if stays and (view := _as_it_lies(step, slot.dtype, checkpoint)) is not None:
+                view = _as_it_lies(step, slot.dtype, checkpoint) if stays else None
+                if view is not None:
                     slot.fill(view)
-                    if check_finite and slot.dtype.is_floating_point:
+                    if check_finite:
                         _check_finite(view, view, step.sources[0], step.target)
                     continue
                 slot.fill(torch.empty(slot.tensor.shape, dtype=slot.dtype, device=device))
             for (row, piece), source in zip(step.pieces(checkpoint.read), step.sources, strict=True):
                 target = slot.tensor if row is None else slot.tensor[row]
                 target.copy_(piece)
-                if check_finite and target.dtype.is_floating_point:
+                if check_finite:
                     _check_finite(target, piece, source, step.target)
                 checkpoint.release(source)
     checkpoint.close()
@@ -210,7 +211,7 @@ def save_weights(
     on_meta = [name for name, tensor in state.items() if tensor.is_meta]
     if on_meta:
         raise CheckpointError(f"cannot save parameters without values (on meta): {', '.join(collapse(on_meta)[:10])}")
-    maps = [keys] if isinstance(keys, KeyMap) else list(keys)
+    maps = _listed(keys)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     steps = maps[layout].plan_save(shapes)
     by_name = {step.target: step for step in steps}
@@ -230,6 +231,16 @@ def save_weights(
     if not _is_plain(maps, layout, {name: shape for name, _, shape in tensors}, shapes):
         metadata = {"format": "pt", **(metadata or {}), LAYOUT: str(layout)}
     return write_checkpoint(folder, tensors, read, max_shard_size=max_shard_size, metadata=metadata)
+
+
+def _listed(keys: KeyMap | Sequence[KeyMap]) -> list[KeyMap]:
+    return [keys] if isinstance(keys, KeyMap) else list(keys)
+
+
+def _claimed(checkpoint: Checkpoint) -> int | None:
+    """The layout that the files say they are in; see `save_weights`."""
+    text = checkpoint.metadata.get(LAYOUT, "")
+    return int(text) if re.fullmatch("[0-9]{1,3}", text) else None
 
 
 def _is_plain(maps: list[KeyMap], layout: int, theirs: Shapes, ours: Shapes) -> bool:
@@ -365,7 +376,9 @@ def _as_it_lies(step: Step, dtype: torch.dtype, checkpoint: Checkpoint) -> Tenso
 
 
 def _check_finite(target: Tensor, piece: Tensor, source: str, name: str) -> None:
-    if not target.numel() or all(map(math.isfinite, torch.aminmax(target.detach()))):
+    if not target.dtype.is_floating_point or not target.numel():
+        return
+    if all(map(math.isfinite, torch.aminmax(target.detach()))):
         return  # both ends are NaN if any number is; one pass, where a test of every number takes many
     finite = torch.isfinite(target)
     bad = (~finite).nonzero()
