@@ -155,7 +155,9 @@ def _make_trunk(name: str, arguments: dict[str, Argument], **more: Any) -> Any:
         trunk = timm.create_model(name, pretrained=False, num_classes=0, **arguments, **more)
     except Exception as error:  # of any kind: what timm does with a wrong argument differs from model to model
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items()) or "none"
-        raise ConfigError(f"timm cannot make {name} with the arguments {given}: {error}") from error
+        raise ConfigError(
+            f"timm cannot make {name} with the arguments {given}: {str(error) or type(error).__name__}"
+        ) from error
     reason = _why_not_packed(trunk)
     if reason is not None:
         raise ConfigError(
