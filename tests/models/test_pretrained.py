@@ -326,6 +326,17 @@ def test_quantised_weights_are_refused_unless_asked_for(tmp_path: Path) -> None:
     assert torch.equal(vlkit.from_pretrained(tmp_path, allow_quantized=True).projector.fc2.weight, state[name].float())
 
 
+def test_a_config_that_says_quantised_is_refused_by_method(tmp_path: Path) -> None:
+    """Its weights have other names and need scales; the first of a thousand unexpected names would not say so."""
+    vlkit.create_model("kimi-vl-tiny").save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+
+    with pytest.raises(ConfigError, match=r"config\.json: the weights are quantised \(awq\)"):
+        vlkit.from_pretrained(tmp_path)
+
+
 # Pickled weights.
 
 

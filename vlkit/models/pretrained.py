@@ -92,7 +92,7 @@ def from_pretrained(
         local_files_only=local_files_only,
         allow_pickle=allow_pickle,
     )
-    config = read_config(folder, strict=strict_config)
+    config = read_config(folder, strict=strict_config, allow_quantized=allow_quantized)
     with on_meta():
         model = VisionLanguageModel(config)
     with hub.open_checkpoint(folder, allow_pickle=allow_pickle) as checkpoint:
@@ -209,12 +209,13 @@ def push_to_hub(
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))
 
 
-def read_config(folder: Path, *, strict: bool = False) -> VLMConfig:
+def read_config(folder: Path, *, strict: bool = False, allow_quantized: bool = False) -> VLMConfig:
     """The config of a checkpoint, whatever layout it is in, with the stop ids that generation_config.json adds.
 
     Args:
         folder: Holds config.json.
         strict: Fields without an effect are an error instead of a warning.
+        allow_quantized: Do not refuse a checkpoint that says it is quantised.
 
     Raises:
         UnknownModelError: No family answers to the model_type; the message has the nearest.
@@ -222,6 +223,13 @@ def read_config(folder: Path, *, strict: bool = False) -> VLMConfig:
     """
     path = folder / "config.json"
     values = read_json(safe_file(folder, path.name))
+    quantised = values.get("quantization_config")
+    if quantised is not None and not allow_quantized:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise ConfigError(
+            f"{path}: the weights are quantised ({method or 'quantization_config'}), which vlkit does not read: load the "
+            "repository that they were made from, or pass allow_quantized=True to take the bare numbers"
+        )
     model_type = values.get("model_type")
     if model_type == OWN_MODEL_TYPE:
         return _read_own(values, path)
