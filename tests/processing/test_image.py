@@ -67,9 +67,9 @@ def test_patches_are_those_of_the_slow_way(rule: ImageRule) -> None:
 def test_patches_of_any_size_are_cut_right(patch_size: int) -> None:
     """Bytes are moved eight, four, two or one at a time."""
     rule = ImageRule(patch_size=patch_size, merge_size=1, **CLIP)
-    image = noise(5 * patch_size, 3 * patch_size)
-
-    assert torch.equal(pack_images([image], rule).tokens, slow_patches(image, rule))
+    for rows, columns in ((5, 3), (1, 1)):
+        image = noise(rows * patch_size, columns * patch_size)
+        assert torch.equal(pack_images([image], rule).tokens, slow_patches(image, rule))
 
 
 def test_torch_resamples_like_pillow_but_for_a_grey_level() -> None:

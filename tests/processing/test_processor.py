@@ -210,7 +210,7 @@ def test_errors_of_videos_name_them() -> None:
         )
     with pytest.raises(TemplateError, match="this chat format has no videos"):
         PROCESSOR(watch(good))
-    with pytest.raises(VideoError, match=r"no ProcessorConfig.video: its model sees images only"):
+    with pytest.raises(VideoError, match=r"video 0: this processor has no ProcessorConfig.video, its"):
         Processor(VIDEOS.config.replace(video=None))(watch(good))
     with pytest.raises(ConfigError, match="the chat format has no video_token"):
         ProcessorConfig(video=VideoRule())

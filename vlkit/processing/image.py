@@ -9,7 +9,8 @@ A still image stands for all T frames of its patches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,14 +30,37 @@ _FILTERS = {
 }
 
 
-def pack_images(
-    images: Sequence[Any], rule: ImageRule | None = None, reading: ReadRule | None = None, *, first: int = 0
-) -> Packed:
+class Canvases(NamedTuple):
+    """Images that are to become one item: one image, or the frames of a video.
+
+    Attributes:
+        frames: uint8 [H, W, 3] each.
+        plan: How they came to their size.
+    """
+
+    frames: list[np.ndarray]
+    plan: ResizePlan
+
+
+def prepare_image(source: Any, rule: ImageRule, reading: ReadRule | None = None, *, name: str = "image") -> Canvases:
+    """The image at its size, before it becomes floats.
+
+    Raises:
+        ImageError: It cannot be read or does not fit the rule; the message starts with the name.
+    """
+    image = read_image(source, reading, name=name)
+    try:
+        plan = rule.target_size(image.height, image.width)
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from None
+    return Canvases([on_canvas(image, plan, rule)], plan)
+
+
+def pack_images(images: Sequence[Any], rule: ImageRule | None = None, reading: ReadRule | None = None) -> Packed:
     """Normalised patches of all images, end to end.
 
     Args:
         images: Whatever `read_image` takes, one entry per image.
-        first: Index of the first one, for messages.
 
     Returns:
         Tokens [patches, 3 * frames_per_patch * patch_size ** 2] fp32; the layout has one grid (1, rows, columns) per image.
@@ -48,23 +72,20 @@ def pack_images(
     if not images:
         raise EmptyBatchError("no images to pack; leave patches out of the batch instead")
     rule = rule or ImageRule()
-    read = [read_image(source, reading, name=f"image {index}") for index, source in enumerate(images, first)]
-    plans = []
-    for index, image in enumerate(read, first):
-        try:
-            plans.append(rule.target_size(image.height, image.width))
-        except ImageError as error:
-            raise ImageError(f"image {index}: {error}") from None
-    layout = Layout.from_grids(plan.grid for plan in plans)
-    patches = fresh_patches(layout.num_tokens, rule)
-    for image, plan, out in zip(read, plans, patches.split(list(layout.lengths)), strict=True):
-        write_patches([on_canvas(image, plan, rule)], plan, rule, out)
+    prepared = [prepare_image(source, rule, reading, name=f"image {index}") for index, source in enumerate(images)]
+    return pack_canvases(prepared, rule)
+
+
+def pack_canvases(items: Sequence[Canvases], rule: ImageRule) -> Packed:
+    """Normalised patches of all items, end to end; a last time step that lacks frames repeats its last one."""
+    size = rule.frames_per_patch
+    layout = Layout.from_grids((-(-len(item.frames) // size), *item.plan.grid) for item in items)
+    # NumPy's memory comes in large pages, which are several times as fast to touch first as torch's small ones.
+    patches = torch.from_numpy(np.empty((layout.num_tokens, rule.patch_dim), dtype=np.float32))
+    for item, out in zip(items, patches.split(list(layout.lengths)), strict=True):
+        for step, place in enumerate(out.split(item.plan.grid[0] * item.plan.grid[1])):
+            _write_step(item.frames[step * size : (step + 1) * size], item.plan.grid, rule, place)
     return Packed(patches, layout)
-
-
-def fresh_patches(count: int, rule: ImageRule) -> Tensor:
-    """Memory for patches, [count, patch_dim] fp32. NumPy's comes in large pages, which are five times as fast to touch first."""
-    return torch.from_numpy(np.empty((count, rule.patch_dim), dtype=np.float32))
 
 
 def on_canvas(image: Image.Image, plan: ResizePlan, rule: ImageRule) -> np.ndarray:
@@ -88,7 +109,7 @@ def on_canvas(image: Image.Image, plan: ResizePlan, rule: ImageRule) -> np.ndarr
 _BLOCK = 2**16  # values normalised at a time: they stay in the cache from the first operation to the last
 
 
-def write_patches(frames: Sequence[np.ndarray], plan: ResizePlan, rule: ImageRule, out: Tensor) -> None:
+def _write_step(frames: Sequence[np.ndarray], grid: tuple[int, int], rule: ImageRule, out: Tensor) -> None:
     """Write the normalised patches of one time step into `out` [patches, 3 * T * P * P].
 
     The same reshape as `vlkit.layers.patch.patchify`, done on bytes: a quarter of the memory of the floats that they become.
@@ -103,7 +124,7 @@ def write_patches(frames: Sequence[np.ndarray], plan: ResizePlan, rule: ImageRul
     for time, canvas in enumerate(frames):
         last = time == len(frames) - 1
         places = target[:, :, time:] if last else target[:, :, time : time + 1]
-        values = torch.from_numpy(_byte_patches(canvas, plan.grid, size))
+        values = torch.from_numpy(_byte_patches(canvas, grid, size))
         for begin in range(0, len(values), step):
             # In the published order (divide, subtract, divide), so that the values are theirs to the last bit.
             block = values[begin : begin + step].float().div_(255.0).sub_(mean).div_(std)
@@ -115,9 +136,10 @@ def _byte_patches(canvas: np.ndarray, grid: tuple[int, int], size: int) -> np.nd
     planes = np.ascontiguousarray(canvas.transpose(2, 0, 1))
     word = next(word for word in (8, 4, 2, 1) if size % word == 0)  # bytes moved as one
     words = planes.view(f"u{word}").reshape(3, grid[0], size, grid[1], size // word)
-    patches = np.ascontiguousarray(words.transpose(1, 3, 0, 2, 4))
+    patches = np.require(words.transpose(1, 3, 0, 2, 4), requirements=("C", "W"))  # torch wants memory it may write
     return patches.view(np.uint8).reshape(grid[0] * grid[1], 3, size * size)
 
 
+@cache
 def _per_channel(values: tuple[float, float, float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).view(3, 1)

@@ -41,11 +41,11 @@ from vlkit.processing.chat import (
     fill_slots,
 )
 from vlkit.processing.chat_format import ChatFormat
-from vlkit.processing.image import pack_images
+from vlkit.processing.image import Canvases, pack_canvases, prepare_image
 from vlkit.processing.processor_config import ProcessorConfig
 from vlkit.processing.template import ChatTemplate
 from vlkit.processing.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from vlkit.processing.video import pack_video
+from vlkit.processing.video import prepare_video
 
 PROCESSOR_FILE = "processor.json"
 
@@ -59,6 +59,22 @@ class _Options(NamedTuple):
     tools: Sequence[Mapping[str, Any]] | None
     number_visuals: bool
     variables: dict[str, Any]
+
+
+class _Prepared(NamedTuple):
+    """An image or video at its size, the tokens it will have, and the seconds between its time steps."""
+
+    canvases: Canvases
+    seen: Seen
+    seconds: float
+
+
+class _Draft(NamedTuple):
+    """A conversation before it is part of a batch."""
+
+    ids: list[int]
+    labels: list[int]
+    prepared: list[_Prepared]
 
 
 class Processor:
@@ -167,30 +183,30 @@ class Processor:
         )
         given_images = _beside(images, "images", len(conversations), several)
         given_videos = _beside(videos, "videos", len(conversations), several)
-        batches = []
+        drafts = []
         for index, conversation in enumerate(conversations):
             try:
-                batches.append(
-                    self._one(conversation, given_images[index], given_videos[index], answer_prefix, options)
+                drafts.append(
+                    self._draft(conversation, given_images[index], given_videos[index], answer_prefix, options)
                 )
             except VlkitError as error:
                 if not several:
                     raise
                 raise type(error)(f"conversation {index}: {error}") from error
-        return batches[0] if len(batches) == 1 else Batch.concat(batches)
+        return self._batch(drafts, labels)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids, without special tokens unless they are wanted."""
         return self.tokenizer.decode(ids, skip_special)
 
-    def _one(
+    def _draft(
         self,
         messages: Sequence[Message],
         images: list[Any],
         videos: list[Any],
         answer_prefix: str,
         options: _Options,
-    ) -> Batch:
+    ) -> _Draft:
         chat = self._chat
         visuals = _filled(check_messages(messages, chat if self._template is None else None), images, videos)
         pieces = self._pieces(messages, options)
@@ -200,7 +216,8 @@ class Processor:
             if self._template is not None and not self._template.marks_answers:
                 raise TemplateError("labels are asked for, but the template does not mark answers by {% generation %}")
             raise TemplateError("labels are asked for, but no message is the assistant's: there is nothing to learn")
-        patches, seen, seconds = self._see(visuals)
+        prepared = self._prepare(visuals)
+        seen = [each.seen for each in prepared]
         ids, targets = encode_pieces(fill_slots(pieces, chat, self.tokenizer.special, seen), self.tokenizer)
         limit = self.config.max_length
         if limit is not None and len(ids) > limit:
@@ -209,44 +226,49 @@ class Processor:
                 f"{len(ids)} tokens ({tokens} of them for {_counted(visuals)}); at most {limit} fit. Shorten the "
                 f"conversation, lower the limits of the image or video rule, or leave the sample out"
             )
-        return Batch(
-            ids=Packed(torch.tensor(ids), Layout((len(ids),))),
-            patches=patches,
-            labels=torch.tensor(targets) if options.labels else None,
-            seconds=seconds,
-        )
+        return _Draft(ids, targets, prepared)
 
-    def _see(self, visuals: Sequence[Visual]) -> tuple[Packed | None, list[Seen], tuple[float, ...] | None]:
-        """The patches of all images and videos, their counts of tokens, and the seconds between time steps."""
+    def _prepare(self, visuals: Sequence[Visual]) -> list[_Prepared]:
+        """Read and resize all images and videos of a conversation."""
         rule, reading = self.config.image, self.config.reading
-        if not visuals:
-            return None, [], None
-        if all(visual.kind == "image" for visual in visuals):
-            patches = pack_images([visual.source for visual in visuals], rule, reading)
-            return patches, [Seen((rule.num_tokens(grid[1:]),)) for grid in patches.layout.grids or ()], None
-        if self.config.video is None:
-            raise VideoError("this processor has no ProcessorConfig.video: its model sees images only")
-        parts: list[Packed] = []
-        seen: list[Seen] = []
-        seconds: list[float] = []
+        prepared = []
         numbers = {"image": 0, "video": 0}
         for visual in visuals:
             name = f"{visual.kind} {numbers[visual.kind]}"
             numbers[visual.kind] += 1
             if visual.kind == "image":
-                parts.append(pack_images([visual.source], rule, reading, first=numbers["image"] - 1))
-                times: tuple[float, ...] = (0.0,)
-                step = 0.0
-            else:
-                packed = pack_video(visual.source, rule, self.config.video, reading, fps=visual.fps, name=name)
-                times, step = packed.samples.times, packed.samples.step
+                canvases = prepare_image(visual.source, rule, reading, name=name)
+                prepared.append(_Prepared(canvases, Seen((rule.num_tokens(canvases.plan.grid),)), 0.0))
+                continue
+            if self.config.video is None:
+                raise VideoError(f"{name}: this processor has no ProcessorConfig.video, its model sees images only")
+            canvases, samples = prepare_video(
+                visual.source, rule, self.config.video, reading, fps=visual.fps, name=name
+            )
+            tokens = (rule.num_tokens(canvases.plan.grid),) * len(samples.times)
+            step = 0.0 if self._chat.frames_apart else samples.step
+            prepared.append(_Prepared(canvases, Seen(tokens, samples.times), step))
+        return prepared
+
+    def _batch(self, drafts: Sequence[_Draft], labels: bool) -> Batch:
+        """One batch of all conversations; what they see is written into its place once."""
+        prepared = [each for draft in drafts for each in draft.prepared]
+        patches, seconds = None, None
+        if prepared:
+            patches = pack_canvases([each.canvases for each in prepared], self.config.image)
+            if any(each.seen.times for each in prepared):
                 apart = self._chat.frames_apart
-                parts.append(Packed(packed.patches.tokens, packed.patches.layout.frames()) if apart else packed.patches)
-                step = 0.0 if apart else step
-            _, rows, columns = (parts[-1].layout.grids or ())[0]
-            seen.append(Seen((rule.num_tokens((rows, columns)),) * len(times), times))
-            seconds += [step] * parts[-1].layout.num_items
-        return Packed.concat(parts), seen, tuple(seconds)
+                seconds = tuple(each.seconds for each in prepared for _ in range(len(each.seen.tokens) if apart else 1))
+                patches = Packed(patches.tokens, patches.layout.frames()) if apart else patches
+        return Batch(
+            ids=Packed(
+                torch.tensor([id for draft in drafts for id in draft.ids]),
+                Layout(tuple(len(draft.ids) for draft in drafts)),
+            ),
+            patches=patches,
+            labels=torch.tensor([id for draft in drafts for id in draft.labels]) if labels else None,
+            seconds=seconds,
+        )
 
     def _pieces(self, messages: Sequence[Message], options: _Options) -> list[Piece]:
         chat = self._chat

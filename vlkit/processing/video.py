@@ -6,11 +6,12 @@ video --open_video, sample--> frames --resize--> canvases --patchify, frames_per
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any, NamedTuple
 
 from vlkit.errors import VideoError, VlkitError
-from vlkit.packing import Layout, Packed
-from vlkit.processing.image import fresh_patches, on_canvas, write_patches
+from vlkit.packing import Packed
+from vlkit.processing.image import Canvases, on_canvas, pack_canvases
 from vlkit.processing.image_reading import ReadRule
 from vlkit.processing.image_rule import ImageRule
 from vlkit.processing.video_reading import open_video
@@ -49,25 +50,28 @@ def pack_video(
         VideoError: The video cannot be read or does not fit the rules.
         MissingDependencyError: A video file without PyAV.
     """
-    image, video = image or ImageRule(frames_per_patch=2), video or VideoRule()
+    image = image or ImageRule(frames_per_patch=2)
+    canvases, samples = prepare_video(source, image, video or VideoRule(), reading, fps=fps, name=name)
+    return PackedVideo(pack_canvases([canvases], image), samples)
+
+
+def prepare_video(
+    source: Any,
+    image: ImageRule,
+    video: VideoRule,
+    reading: ReadRule | None = None,
+    *,
+    fps: float | None = None,
+    name: str = "video",
+) -> tuple[Canvases, Samples]:
+    """The frames taken from a video at their size, before they become floats; see `pack_video`."""
     opened = open_video(source, fps, reading, name=name)
-    size = image.frames_per_patch
     try:
-        samples = video.sample(opened.num_frames, opened.fps, size)
+        samples = video.sample(opened.num_frames, opened.fps, image.frames_per_patch)
         frames = opened.read(samples.indices)
         first = next(frames)
         plan = video.target_size(len(samples.indices), first.height, first.width, image)
-    except VideoError as error:
+        return Canvases([on_canvas(frame, plan, image) for frame in chain([first], frames)], plan), samples
+    except VlkitError as error:
         text = str(error)
         raise VideoError(text if text.startswith(name) else f"{name}: {text}") from error
-    except VlkitError as error:
-        raise VideoError(f"{name}: {error}") from error
-    layout = Layout.from_grids([(len(samples.times), *plan.grid)])
-    patches = fresh_patches(layout.num_tokens, image)
-    canvases = [on_canvas(first, plan, image)]
-    for out in patches.chunk(len(samples.times)):
-        while len(canvases) < size and (frame := next(frames, None)) is not None:
-            canvases.append(on_canvas(frame, plan, image))
-        write_patches(canvases, plan, image, out)
-        canvases = []
-    return PackedVideo(Packed(patches, layout), samples)
