@@ -362,6 +362,20 @@ def test_pickled_weights_are_loaded_when_asked_for_and_saved_as_safetensors(tmp_
     assert all(torch.equal(again[name], state[name]) for name in state)
 
 
+@pytest.mark.parametrize("name", vlkit.list_models("*-tiny"))
+def test_every_layout_of_every_family_is_written_and_read_back(name: str, tmp_path: Path) -> None:
+    model = vlkit.create_model(name)
+    for layout in range(len(pretrained.layouts_of(model.config))):
+        model.published_layout = layout
+        model.save_pretrained(tmp_path / str(layout))
+
+        loaded = vlkit.from_pretrained(tmp_path / str(layout))
+
+        assert (loaded.published_layout, loaded.config) == (layout, model.config)
+        state = loaded.state_dict()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+
+
 def test_picking_a_layout_asks_each_name_of_few_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     """The 5,652 names of Kimi-VL, put to three layouts of 25 rules: one question for a name and a layout, not 25."""
     config = vlkit.registry.model_spec("kimi-vl-a3b").config
