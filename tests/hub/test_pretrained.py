@@ -502,6 +502,20 @@ def test_saving_over_the_mapped_source_works(tmp_path: Path) -> None:
     assert_same_bits(stored(target), theirs)
 
 
+def test_shards_of_two_saves_are_never_mixed(tmp_path: Path) -> None:
+    """The folder is saved again between the first shard and the second."""
+    target = tmp_path / "model"
+    write_folder_of(target, published(), "60B")
+    checkpoint = open_checkpoint(target)
+    names = sorted(checkpoint.tensors, key=lambda name: str(checkpoint.file_of[name]))
+    checkpoint.read(names[0])
+
+    write_folder(target, lambda folder: write_folder_of(folder, published(), "60B"), replaces=is_weight_file)
+
+    with pytest.raises(CheckpointError, match="changed or replaced"):
+        checkpoint.read(names[-1])
+
+
 def test_too_little_space_is_found_before_a_byte_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "model"
     write_folder_of(target, published())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from pathlib import Path
@@ -224,10 +225,18 @@ def test_types_that_the_format_lacks_are_not_written(tmp_path: Path) -> None:
     assert not (tmp_path / "file").exists()
 
 
-def test_a_file_that_shrank_after_its_header_was_read_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["shorter", "replaced", "touched"])
+def test_a_file_that_changed_after_its_header_was_read_is_refused(tmp_path: Path, change: str) -> None:
+    """Or the places of one save would be looked up in the numbers of another."""
     path = write_file(tmp_path / "file", {"a": torch.zeros(100)})
     header = read_header(path)
-    path.write_bytes(path.read_bytes()[:200])
+    MappedFile(header)
+    if change == "shorter":
+        path.write_bytes(path.read_bytes()[:200])
+    elif change == "replaced":
+        write_file(tmp_path / "other", {"a": torch.ones(100)}).rename(path)
+    else:
+        os.utime(path, ns=(0, 0))
 
-    with pytest.raises(CorruptCheckpointError, match="shrank"):
+    with pytest.raises(CorruptCheckpointError, match="changed or replaced"):
         MappedFile(header)

@@ -80,6 +80,12 @@ def test_dtype_is_chosen_at_load(tmp_path: Path) -> None:
     assert not loaded.training
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:77", "meta", 3.5, [0]])
+def test_a_device_that_there_is_not_is_refused_before_anything_is_read(device: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="device"):
+        vlkit.from_pretrained(tmp_path / "not" / "looked" / "for", device=device)
+
+
 def test_missing_weights_are_an_error_unless_asked(tmp_path: Path) -> None:
     vlkit.create_model("kimi-vl-tiny").save_pretrained(tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"

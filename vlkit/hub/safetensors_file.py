@@ -79,11 +79,19 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """The checked header of one file."""
+    """The checked header of one file.
+
+    Attributes:
+        path: The file.
+        tensors: Name -> type, shape and place.
+        metadata: Texts.
+        stamp: Which file it was, and in what state: device, inode, size and time of change.
+    """
 
     path: Path
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
+    stamp: tuple[int, ...]
 
 
 def read_header(path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES, max_tensors: int = MAX_TENSORS) -> Header:
@@ -95,7 +103,8 @@ def read_header(path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES, max_ten
     """
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            stamp = _stamp(file.fileno())
+            size = stamp[2]
             head = file.read(8)
             length = int.from_bytes(head, "little")
             if length > size - 8 or len(head) < 8:
@@ -127,7 +136,12 @@ def read_header(path: Path, *, max_header_bytes: int = MAX_HEADER_BYTES, max_ten
         raise CheckpointError(f"{path}: {len(entries)} tensors, more than max_tensors={max_tensors}")
     tensors = {name: _tensor_info(path, name, entry, 8 + length) for name, entry in entries.items()}
     _check_tiling(path, tensors, 8 + length, size)
-    return Header(path, tensors, metadata)
+    return Header(path, tensors, metadata, stamp)
+
+
+def _stamp(handle: int) -> tuple[int, ...]:
+    found = os.fstat(handle)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _not_safetensors(path: Path, head: bytes, size: int, length: int) -> str:
@@ -186,8 +200,10 @@ class MappedFile:
     def __init__(self, header: Header) -> None:
         self.header = header
         with header.path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size < max((t.stop for t in header.tensors.values()), default=0):
-                raise CorruptCheckpointError(f"{header.path}: the file shrank after its header was read")
+            if _stamp(file.fileno()) != header.stamp:
+                raise CorruptCheckpointError(
+                    f"{header.path}: the file was changed or replaced after its header was read; load it again"
+                )
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def read(self, name: str) -> Tensor:

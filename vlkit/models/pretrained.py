@@ -78,6 +78,11 @@ def from_pretrained(
     """
     if isinstance(dtype, str) and dtype != "auto":
         raise ConfigError(f"dtype: expected 'auto' or a torch.dtype, found {dtype!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as failure:
+        reason = str(failure).splitlines()[0]
+        raise ConfigError(f"device {device!r} cannot be used: {reason}") from failure
     if torch.device(device).type == "meta":
         raise ConfigError("device 'meta' holds no weights; vlkit.create_model(..., device='meta') builds the shapes")
     if str(repo_or_folder) in list_models() and not Path(repo_or_folder).is_dir():
