@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.assets import asset
 from vlkit.errors import ConfigError, TokenError
-from vlkit.processing import ImageRule, Processor, Tokenizer, load_tokenizer
+from vlkit.processing import CHAT_FORMATS, ImageRule, Processor, ProcessorConfig, Tokenizer, load_tokenizer
 from vlkit.processing.tiktoken_tokenizer import TiktokenTokenizer
 
 FILES = {
@@ -178,6 +178,35 @@ def test_no_name_of_a_special_token_is_one_in_a_persons_text(name: str, tokenize
             assert max(ids) < first
             assert tokenizer.decode(ids) == text
         assert tokenizer.encode(special, allow_special=True) == [id]
+
+
+def test_tools_and_thoughts_have_the_ids_of_the_hub(folders: Any) -> None:
+    """The marks around calls and results are tokens where the format writes them, as where a template does."""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folders("qwen3"))
+    processor = Processor(
+        ProcessorConfig(tokenizer="files", chat=CHAT_FORMATS["qwen3"]), load_tokenizer(folders("qwen3"))
+    )
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"at": {"type": "integer"}}}}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "\n\nWhat is there?"},
+        {
+            "role": "assistant",
+            "content": "<think>\nhm\n</think>\n\nLet me see.",
+            "tool_calls": [{"name": "look", "arguments": {"at": 3}}],
+        },
+        {"role": "tool", "content": "a cat"},
+        {"role": "tool", "content": "a dog"},
+        {"role": "assistant", "content": "Two animals.", "reasoning_content": "cat and dog"},
+    ]
+
+    for thinking in (None, False):
+        switch = {} if thinking is None else {"enable_thinking": thinking}
+        text = theirs.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True, **switch)
+        ids = processor(messages, tools=tools, thinking=thinking).ids.tokens.tolist()
+        assert ids == theirs(text)["input_ids"]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -5,7 +5,8 @@ preprocessor_config.json or processor_config.json, video_preprocessor_config.jso
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,47 +41,61 @@ def processor_config(folder: Path) -> ProcessorConfig:
         ConfigError: No such file, a malformed one, or one of a family that is not known here.
     """
     model = _optional(folder / MODEL_FILE)
-    model_type = str(model.get("model_type", ""))
-    fields, path = _image_fields(folder)
-    try:
-        if fields is None and model_type == "qwen" and "visual" in model:
-            config = _qwen_vl_chat(model)
-        elif fields is None:
-            raise ConfigError("no processor")
-        elif "in_token_limit" in fields:
-            config = _kimi_vl(fields)
-        elif model_type.startswith("andesvl"):
-            config = _andesvl(fields, model)
-        elif str(fields.get("image_processor_type", "")).startswith(_QWEN_TYPES):
-            config = _qwen(fields, _video_fields(folder), model_type.startswith("qwen3_vl"), _thinks(folder))
-        else:
-            raise ConfigError(
-                f"image_processor_type {fields.get('image_processor_type')!r} is not known; make a Processor from a "
-                f"ProcessorConfig and load_tokenizer instead"
-            )
-    except ConfigError as error:
-        if fields is None and "visual" not in model:
+    fields, path = _part_file(folder, IMAGE_FILE, "image_processor")
+    if path is None:
+        if not (model.get("model_type") == "qwen" and "visual" in model):
             raise ConfigError(
                 f"{folder}: neither processor.json nor {IMAGE_FILE}; a processor is saved beside its model with "
                 "processor.save_pretrained(folder)"
-            ) from None
-        raise ConfigError(f"{path}: {error}") from error
+            )
+        path = folder / MODEL_FILE
+    with _named(path):
+        config = _by_family(fields, model, folder)
     return config.replace(stop_ids=_stop_ids(folder))
 
 
-def _image_fields(folder: Path) -> tuple[dict[str, Any] | None, Path]:
-    """The fields of the image processor: from a file of their own, or from the joint one of transformers 5."""
-    if (folder / IMAGE_FILE).is_file():
-        return read_json(folder / IMAGE_FILE), folder / IMAGE_FILE
-    joint = _optional(folder / JOINT_FILE).get("image_processor")
-    return (dict(joint), folder / JOINT_FILE) if isinstance(joint, Mapping) else (None, folder / MODEL_FILE)
+def _by_family(fields: Mapping[str, Any], model: Mapping[str, Any], folder: Path) -> ProcessorConfig:
+    model_type = str(model.get("model_type", ""))
+    if not fields:
+        return _qwen_vl_chat(model)
+    if "in_token_limit" in fields:
+        return _kimi_vl(fields)
+    if model_type.startswith("andesvl"):
+        with _named(folder / MODEL_FILE):
+            patch_size = _field(_part(model, "vision_config"), "patch_size")
+            if type(patch_size) is not int:
+                raise ConfigError(f"vision_config: patch_size must be a whole number, found {patch_size!r}")
+        return _andesvl(fields, patch_size)
+    if str(fields.get("image_processor_type", "")).startswith(_QWEN_TYPES):
+        made_for = str(fields.get("processor_class") or _optional(folder / JOINT_FILE).get("processor_class"))
+        third = model_type.startswith("qwen3_vl") or made_for.startswith("Qwen3VL")
+        config = _qwen(fields, third and _thinks(folder), third)
+        video, path = _part_file(folder, VIDEO_FILE, "video_processor")
+        with _named(path):
+            return config.replace(video=_qwen_video(video, third))
+    raise ConfigError(
+        f"image_processor_type {fields.get('image_processor_type')!r} is not known; make a Processor from a "
+        f"ProcessorConfig and load_tokenizer instead"
+    )
 
 
-def _video_fields(folder: Path) -> dict[str, Any]:
-    if (folder / VIDEO_FILE).is_file():
-        return read_json(folder / VIDEO_FILE)
-    joint = _optional(folder / JOINT_FILE).get("video_processor")
-    return dict(joint) if isinstance(joint, Mapping) else {}
+@contextmanager
+def _named(path: Path | None) -> Iterator[None]:
+    """Errors inside begin with the path, unless they name a file already."""
+    try:
+        yield
+    except ConfigError as error:
+        if path is None or ".json" in str(error).split(": ")[0]:
+            raise
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _part_file(folder: Path, name: str, part: str) -> tuple[dict[str, Any], Path | None]:
+    """The fields of the processor of images or videos, in a file of its own or in the joint one of transformers 5."""
+    if (folder / name).is_file():
+        return read_json(folder / name), folder / name
+    joint = _optional(folder / JOINT_FILE).get(part)
+    return (dict(joint), folder / JOINT_FILE) if isinstance(joint, Mapping) else ({}, None)
 
 
 def _optional(path: Path) -> dict[str, Any]:
@@ -130,15 +145,12 @@ def _kimi_vl(fields: Mapping[str, Any]) -> ProcessorConfig:
     )
 
 
-def _andesvl(fields: Mapping[str, Any], model: Mapping[str, Any]) -> ProcessorConfig:
+def _andesvl(fields: Mapping[str, Any], patch_size: int) -> ProcessorConfig:
     """AndesVL, arXiv:2510.11496. Of its CLIPImageProcessor only mean and std are used by its own code.
 
     Sizes are those behind the scores in its report; `ImageRule.replace(fit="letterbox-chat", max_pixels=733**2)` gives those of
     the `chat` method published beside the weights.
     """
-    patch_size = _field(_part(model, "vision_config"), "patch_size")
-    if type(patch_size) is not int:
-        raise ConfigError(f"vision_config: patch_size must be a whole number, found {patch_size!r}")
     return ProcessorConfig(
         tokenizer="files",
         chat=CHAT_FORMATS["andesvl"],
@@ -180,7 +192,7 @@ def _qwen_vl_chat(model: Mapping[str, Any]) -> ProcessorConfig:
     )
 
 
-def _qwen(fields: Mapping[str, Any], video: Mapping[str, Any], third: bool, thinks: bool) -> ProcessorConfig:
+def _qwen(fields: Mapping[str, Any], thinks: bool, third: bool) -> ProcessorConfig:
     """Qwen2-VL, Qwen2.5-VL (arXiv:2409.12191, arXiv:2502.13923) and Qwen3-VL. The "edges" of newer files are areas in pixels."""
     least, most = _areas(fields)
     if least is None or most is None:
@@ -201,7 +213,6 @@ def _qwen(fields: Mapping[str, Any], video: Mapping[str, Any], third: bool, thin
             std=_field(fields, "image_std"),
             resampler="torch",
         ),
-        video=_qwen_video(video, third),
     )
 
 
