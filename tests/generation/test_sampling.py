@@ -7,7 +7,7 @@ import torch
 
 from vlkit.errors import ConfigError
 from vlkit.generation import Sampler
-from vlkit.generation.sampling import truncated_probabilities
+from vlkit.generation.sampling import sequence_seeds, truncated_probabilities
 
 LOGITS = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.25, 0.05]]))
 
@@ -55,3 +55,20 @@ def test_greedy_takes_the_likeliest() -> None:
 def test_options_out_of_range_are_refused(options: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         Sampler(1, **options)
+
+
+def test_neighbouring_seeds_share_no_draws() -> None:
+    """Best-of-n with seeds 0, 1, 2, ... must not repeat answers shifted by one sequence."""
+    seeds = [sequence_seeds(seed, 8) for seed in range(50)]
+    assert len({each for row in seeds for each in row}) == 400
+    assert all(0 <= each < 2**63 for row in seeds for each in row)
+    assert sequence_seeds(7, 3) == sequence_seeds(7, 8)[:3]
+
+
+def test_seeds_can_be_given_one_by_one() -> None:
+    logits = torch.randn(1, 50).expand(3, 50)
+    whole = Sampler(3, temperature=1.0, seed=4)(logits, [0, 1, 2])
+    alone = [Sampler(1, temperature=1.0, seed=[seed])(logits[:1], [0]) for seed in sequence_seeds(4, 3)]
+    assert torch.equal(whole, torch.cat(alone))
+    with pytest.raises(ConfigError, match="2 seeds for 3 sequences"):
+        Sampler(3, seed=[1, 2])

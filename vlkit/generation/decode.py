@@ -48,7 +48,7 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 0,
     stop: Sequence[int] = (),
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> list[list[int]]:
     """Continue every sequence until a stop id or max_new_tokens.
 
@@ -60,7 +60,8 @@ def generate(
         top_p: Nucleus sampling.
         top_k: Keep the k likeliest; 0 keeps all.
         stop: Ids that end a sequence; the id itself is part of the answer.
-        seed: Of the sampling; sequence i draws with seed + i.
+        seed: Of the sampling. Every sequence draws by itself, with a seed made of this one and its place in the batch; a list
+            gives each its own.
 
     Returns:
         The new ids of each sequence.

@@ -38,6 +38,23 @@ def truncated_probabilities(
     return probabilities
 
 
+def sequence_seeds(seed: int, num_sequences: int) -> list[int]:
+    """A seed for each sequence of a batch, so that neighbouring seeds share no draws: splitmix64 of the seed, then of its sum
+    with the sequence's number. The first n of a larger batch are those of a batch of n.
+
+    Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014.
+    """
+    return [_splitmix64(_splitmix64(seed) + i) >> 1 for i in range(num_sequences)]
+
+
+def _splitmix64(x: int) -> int:
+    mask = (1 << 64) - 1
+    x = (x + 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return x ^ (x >> 31)
+
+
 class Sampler:
     """Chooses the next id of every sequence.
 
@@ -48,14 +65,21 @@ class Sampler:
         temperature: 0 takes the likeliest token; above 0 samples.
         top_p: In (0, 1]; see `truncated_probabilities`.
         top_k: 0 for all; see `truncated_probabilities`.
-        seed: Sequence i uses seed + i.
+        seed: One number, of which every sequence gets a seed of its own (see `sequence_seeds`), or one number per sequence,
+            used as it is.
 
     Raises:
         ConfigError: A value out of range.
     """
 
     def __init__(
-        self, num_sequences: int, *, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0
+        self,
+        num_sequences: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | Sequence[int] = 0,
     ) -> None:
         if not temperature >= 0:
             raise ConfigError(f"temperature must be at least 0, found {temperature}")
@@ -64,7 +88,10 @@ class Sampler:
         if top_k < 0:
             raise ConfigError(f"top_k must be at least 0 (0 keeps all), found {top_k}")
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
-        self.generators = [torch.Generator().manual_seed(seed + i) for i in range(num_sequences)]
+        seeds = sequence_seeds(seed, num_sequences) if isinstance(seed, int) else list(seed)
+        if len(seeds) != num_sequences:
+            raise ConfigError(f"{len(seeds)} seeds for {num_sequences} sequences; give one per sequence, or one number")
+        self.generators = [torch.Generator().manual_seed(each) for each in seeds]
 
     def __call__(self, logits: Float[Tensor, "sequences vocab"], sequences: Sequence[int]) -> Int[Tensor, " sequences"]:
         """The next id of each sequence; `sequences` says which sequences of the batch the rows are.

@@ -313,7 +313,7 @@ class VisionLanguageModel(nn.Module):
         top_p: float = 1.0,
         top_k: int = 0,
         stop: Sequence[int] | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
     ) -> list[list[int]]:
         """Continue every sequence of a batch. See `vlkit.generation.generate`."""
         from vlkit.generation import generate

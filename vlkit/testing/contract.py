@@ -162,14 +162,17 @@ def cache_equals_full(model: VisionLanguageModel) -> None:
 
 
 def batch_equals_single(model: VisionLanguageModel) -> None:
-    """Greedy answers and sampled ones of a batch are those of its sequences one by one."""
+    """Greedy answers and sampled ones, with the same seeds, of a batch are those of its sequences one by one."""
+    from vlkit.generation.sampling import sequence_seeds
+
     batch = random_batch(model, sequences_of(model), labels=False)
     together = model.generate(batch, max_new_tokens=6, stop=())
     alone = [model.generate(part, max_new_tokens=6, stop=())[0] for part in splits(batch, sequences_of(model))]
     assert together == alone
+    seeds = sequence_seeds(3, batch.ids.layout.num_items)
     sampled = model.generate(batch, max_new_tokens=6, stop=(), temperature=1.5, top_p=0.9, top_k=50, seed=3)
     singly = [
-        model.generate(part, max_new_tokens=6, stop=(), temperature=1.5, top_p=0.9, top_k=50, seed=3 + i)[0]
+        model.generate(part, max_new_tokens=6, stop=(), temperature=1.5, top_p=0.9, top_k=50, seed=[seeds[i]])[0]
         for i, part in enumerate(splits(batch, sequences_of(model)))
     ]
     assert sampled == singly
