@@ -99,14 +99,13 @@ class Checkpoint:
         tensor: Tensor = self._file_of(name).read(name)
         return tensor
 
-    def in_place(self, name: str, block: Tensor) -> Tensor | None:
+    def in_place(self, name: str, whole: Tensor, block: Tensor) -> Tensor | None:
         """A block of a tensor that was read, as a view of the mapped file with a storage of its own.
 
-        None if it is none: nothing is mapped, or the block is a copy or lies scattered.
+        None if it is none: the block is a copy, or lies scattered.
         """
-        if not self.mapped:
-            return None
-        whole = self.read(name)
+        if block is whole:
+            return whole
         start = block.data_ptr() - whole.data_ptr()
         if not (block.is_contiguous() and 0 <= start <= start + block.nbytes <= whole.nbytes):
             return None

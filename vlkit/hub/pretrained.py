@@ -370,9 +370,10 @@ def _allocate_missing(model: nn.Module, slots: Mapping[str, _Slot], report: KeyR
 def _as_it_lies(step: Step, dtype: torch.dtype, checkpoint: Checkpoint) -> Tensor | None:
     """The parameter as a view of its mapped file, where the file holds it as it is, or as one block of a tensor."""
     source = step.sources[0]
-    if step.rule.over is not None or checkpoint.tensors[source].dtype != dtype:
+    if not checkpoint.mapped or step.rule.over is not None or checkpoint.tensors[source].dtype != dtype:
         return None
-    return checkpoint.in_place(source, step.load(checkpoint.read))
+    whole = checkpoint.read(source)
+    return checkpoint.in_place(source, whole, step.rule.block(whole, step.part))
 
 
 def _check_finite(target: Tensor, piece: Tensor, source: str, name: str) -> None:

@@ -219,7 +219,7 @@ class MappedFile:
         raw = torch.frombuffer(self._map, dtype=torch.uint8, count=num_bytes, offset=offset)
         if offset % info.dtype.itemsize:
             raw = raw.clone()  # other writers may leave a tensor unaligned
-        return raw.view(info.dtype).view(tuple(shape))
+        return raw.view(info.dtype).view(shape)
 
     def release(self, name: str) -> None:
         """Let the system take back the pages of a tensor; who still looks at it reads them from the file again."""
