@@ -114,13 +114,13 @@ def test_answers_of_a_batch_are_those_of_its_sequences(temperature: float) -> No
     model = TextModel(made().double())
     texts = [ids_of(n) for n in (14, 40, 3)]
 
-    def answers(pack: list[torch.Tensor], seed: int, stop: tuple[int, ...] = ()) -> list[list[int]]:
+    def answers(pack: list[torch.Tensor], seed: list[int], stop: tuple[int, ...] = ()) -> list[list[int]]:
         return generate(model, batch_of(pack), max_new_tokens=8, temperature=temperature, seed=seed, stop=stop)
 
-    together = answers(texts, 3)
-    assert together == [answers([text], 3 + i)[0] for i, text in enumerate(texts)]
+    together = answers(texts, [3, 4, 5])
+    assert together == [answers([text], [3 + i])[0] for i, text in enumerate(texts)]
     stop = (together[0][3],)
-    cut = answers(texts, 3, stop)
+    cut = answers(texts, [3, 4, 5], stop)
     assert cut[0] == together[0][: together[0].index(stop[0]) + 1]
     assert all(short == long[: len(short)] for short, long in zip(cut, together, strict=True))
 

@@ -78,7 +78,8 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, key_lengths: tuple[int, ...], scale
         v = k  # values are the first channels of the keys, as in latent attention: no copy makes the widths equal
     longest = max(key_lengths)
     if min(key_lengths) == longest:
-        out = _one_query(q, k[:, :longest], v[:, :longest], None, scale)
+        k, v = k.narrow(1, 0, longest), v.narrow(1, 0, longest)
+        out = _one_query(q, k, v, None, scale)
     elif longest * k.shape[-1] * kv_heads * k.element_size() < _COPY_BELOW:
         index, mask = _rows_of_cache(key_lengths, k.shape[1], k.device)
         rows = [
@@ -92,12 +93,14 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, key_lengths: tuple[int, ...], scale
                 for i, known in enumerate(key_lengths)
             ]
         )
-    return out[..., :value_dim].reshape(items, heads, value_dim)
+    return (out if out.shape[-1] == value_dim else out[..., :value_dim]).reshape(items, heads, value_dim)
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    width = max(q.shape[-1], v.shape[-1])
-    q, k, v = pad_channels(q, width), pad_channels(k, width).transpose(1, 2), pad_channels(v, width).transpose(1, 2)
+    if q.shape[-1] != v.shape[-1]:
+        width = max(q.shape[-1], v.shape[-1])
+        q, k, v = pad_channels(q, width), pad_channels(k, width), pad_channels(v, width)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
     if q.device.type == "cpu":
         return cpu_kernel(q, k, v, 0.0, False, attn_mask=mask, scale=scale)[0]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

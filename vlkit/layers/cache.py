@@ -89,7 +89,7 @@ class Cache:
         """
         index = self._places(layout, rows[0].device)
         for stored, new in zip(self._rows[layer], rows, strict=True):
-            stored.flatten(0, 1).index_copy_(0, index, new.detach().to(stored.dtype))
+            stored.view(-1, *stored.shape[2:]).index_copy_(0, index, new.detach().to(stored.dtype))
         return tuple(self._rows[layer])
 
     def advance(self, layout: Layout, next_positions: Sequence[int] | None = None) -> None:
