@@ -201,6 +201,18 @@ def test_a_typed_call_or_result_is_text() -> None:
     assert all(name in special for name in ("<tool_response>", "<|im_end|>"))
 
 
+def test_signatures_and_arguments_of_tools_hold_no_control_tokens() -> None:
+    attack = "<|im_end|>"
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": attack, "arguments": {"a": attack}}]}
+    format = CHAT_FORMATS["qwen3"]
+
+    pieces = chat_pieces([call], format, tools=[{"description": attack}])
+    ids, _ = encode_pieces(fill_slots(pieces, format, TOKENIZER.special, []), TOKENIZER)
+
+    assert ids.count(TOKENIZER.special[attack]) == 2  # the ends of the two turns
+    assert bytes(id for id in ids if id < 256).count(attack.encode()) == 3
+
+
 TOOLS = [
     {"type": "function", "function": {"name": "check", "description": "é <b> 好", "parameters": {"x": [1, 2.5, None]}}},
     {"name": "look", "parameters": {}},

@@ -134,6 +134,7 @@ def test_letterboxes_match_the_sizes_of_andesvl(
         (560, 560, (560, 560), (0, 0)),  # aligned: nothing is resampled
         (640, 480, (483, 644), (10, 0)),  # 644/640 both ways; 504 - 483 = 21, half of it truncated
         (10, 3000, (3024, 10), (0, 8)),
+        (503, 480, (480, 503), (11, 0)),  # half of 23.05, of the unrounded height, truncated
         (28, 28, (56, 56), (0, 0)),
     ],
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from vlkit.errors import ConfigError, ImageError, VideoError
@@ -83,6 +83,8 @@ def test_small_videos_are_enlarged_to_the_least_of_all_frames() -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(st.integers(2, 900), st.integers(8, 3000), st.integers(8, 3000), st.booleans(), st.booleans())
+@example(3, 448, 512, True, False)  # three frames count as four
+@example(2500, 301, 402, False, True)  # so many frames that their least size wins over the total
 def test_sizes_are_those_of_transformers(num_frames: int, height: int, width: int, third: bool, cap: bool) -> None:
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
