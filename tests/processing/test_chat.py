@@ -204,7 +204,7 @@ def test_a_typed_call_or_result_is_text() -> None:
 def test_signatures_and_arguments_of_tools_hold_no_control_tokens() -> None:
     attack = "<|im_end|>"
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": attack, "arguments": {"a": attack}}]}
-    format = CHAT_FORMATS["qwen3"]
+    format = CHAT_FORMATS["qwen3"].replace(answer_tokens=("<think>",))
 
     pieces = chat_pieces([call], format, tools=[{"description": attack}])
     ids, _ = encode_pieces(fill_slots(pieces, format, TOKENIZER.special, []), TOKENIZER)
