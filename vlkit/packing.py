@@ -209,6 +209,9 @@ class Packed:
     layout: Layout
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tokens, Tensor) or not isinstance(self.layout, Layout):
+            found = f"{type(self.tokens).__name__} and {type(self.layout).__name__}"
+            raise LayoutError(f"Packed is a tensor and its Layout, found {found}")
         if self.tokens.ndim < 1 or self.tokens.shape[0] != self.layout.num_tokens:
             raise LayoutError(
                 f"the layout counts {self.layout.num_tokens} tokens, the tensor has shape {tuple(self.tokens.shape)}"
@@ -259,6 +262,11 @@ class Batch:
     seconds: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name, packed in (("ids", self.ids), ("patches", self.patches)):
+            if not isinstance(packed, Packed) and not (packed is None and name == "patches"):
+                raise LayoutError(
+                    f"{name} must be Packed, found {type(packed).__name__}; Packed(tensor, Layout((...))) makes one"
+                )
         if self.ids.layout.num_items == 0:
             raise EmptyBatchError("a batch needs at least one sequence with one token")
         for name, value in (("ids", self.ids.tokens), ("labels", self.labels), ("positions", self.positions)):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from PIL import Image
 
 import vlkit
 from vlkit.errors import ConfigError, UnknownModelError
@@ -77,3 +80,22 @@ def test_processor_of_a_composition_and_of_a_published_model() -> None:
     foreign = vlkit.compose(vision="moonvit-tiny", llm="qwen3-tiny", image_token_id=7)
     with pytest.raises(ConfigError, match="image_token_id is 7"):
         vlkit.create_processor(foreign)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("qwen3-vl-tiny", {"stop_ids": [5]}),
+        ("qwen2-vl-tiny", {"projector": "mlp"}),
+        ("andesvl-tiny", {"vision": "moonvit-tiny"}),
+        ("qwen-vl-tiny", {"llm": "llama-tiny"}),
+    ],
+)
+def test_a_changed_model_keeps_the_format_of_its_chats(name: str, overrides: dict[str, Any]) -> None:
+    """Placeholders and marks are those of the registered model; images are sized for the parts that are there."""
+    model = vlkit.create_model(name, **overrides)
+    processor = vlkit.create_processor(model)
+    assert processor.config.chat == vlkit.create_processor(name).config.chat
+    image = Image.new("RGB", (57, 31))
+    batch = processor([{"role": "user", "content": [{"type": "image", "image": image}]}])
+    assert model(batch).logits.tokens.isfinite().all()

@@ -12,7 +12,6 @@ import vlkit
 from vlkit.errors import LayoutError, PlaceholderMismatchError
 from vlkit.models import VisionLanguageModel
 from vlkit.packing import Layout
-from vlkit.registry import families
 
 IMAGE, VIDEO = 273, 274
 
@@ -109,7 +108,7 @@ def test_everything_between_the_marks_is_a_placeholder() -> None:
     """Qwen-VL carries the bytes of a path between the marks of an image; whole images come instead of patches."""
     model = vlkit.create_model("qwen-vl-tiny", device="meta")
     config: Any = model.config
-    start, end = families()["qwen-vl"].image_span(config)
+    start, end = config.hub_inputs.image_span
     slots = config.projector.out_grid((1, 4, 4))[1] ** 2
     ids = [1, start, *range(40, 40 + slots), end, 2]
     size = config.vision.patch_size

@@ -247,3 +247,72 @@ def test_a_projector_is_given_by_its_fields() -> None:
     model = vlkit.compose(vision="moonvit-tiny", projector={"merge_size": 1}, llm="qwen3-tiny", device="meta")
     assert model.config.projector.merge_size == 1  # type: ignore[attr-defined]
     assert isinstance(next(model.parameters()), Tensor)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"max_new_tokens": "2"}, "max_new_tokens"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens"),
+        ({"temperature": "1"}, "temperature"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"top_p": None}, "top_p"),
+        ({"seed": None}, "seed"),
+        ({"seed": 1.5}, "seed"),
+        ({"seed": [1, 2]}, "2 seeds for 1"),
+    ],
+)
+def test_generate_names_what_it_cannot_use(
+    model: vlkit.VisionLanguageModel, arguments: dict[str, Any], words: str
+) -> None:
+    batch = Batch(Packed(torch.tensor([1, 2]), Layout((2,))))
+    with pytest.raises(ConfigError, match=words):
+        model.generate(batch, **arguments)
+    with pytest.raises(LayoutError, match="list"):
+        model.generate([{"role": "user", "content": "hi"}])  # type: ignore[arg-type]
+    assert model.generate(batch, max_new_tokens=1, seed=2**70, temperature=1.0)
+
+
+def test_containers_refuse_what_they_do_not_hold() -> None:
+    ids = torch.tensor([1, 2])
+    with pytest.raises(LayoutError, match="ids must be Packed, found Tensor"):
+        Batch(ids)  # type: ignore[arg-type]
+    with pytest.raises(LayoutError, match="patches must be Packed"):
+        Batch(Packed(ids, Layout((2,))), ids)  # type: ignore[arg-type]
+    with pytest.raises(LayoutError, match="list and Layout"):
+        Packed([1, 2], Layout((2,)))  # type: ignore[arg-type]
+
+
+def test_pack_refuses_masks_and_pixels_of_another_kind(model: vlkit.VisionLanguageModel) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(LayoutError, match="attention_mask must be 1"):
+        model.pack(input_ids=ids, attention_mask=torch.tensor([[0.0, 0.0, -torch.inf]]))
+    with pytest.raises(LayoutError, match="pixel_values must be a tensor, found list"):
+        model.pack(input_ids=ids, pixel_values=[1.0])  # type: ignore[arg-type]
+    with pytest.raises(LayoutError, match="one entry per video"):
+        model.pack(input_ids=ids, second_per_grid_ts=1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("swap", [{"projector": "mlp"}, {"llm": "qwen2-tiny"}, {"vision": "moonvit-tiny"}])
+def test_a_swapped_model_keeps_the_order_of_its_processor(swap: dict[str, str], tmp_path: Path) -> None:
+    """Who swaps a part of Qwen3-VL goes on feeding it what Qwen's processor emits."""
+    more = {"positions": "line"} if "llm" in swap else {}
+    swapped = vlkit.create_model("qwen3-vl-tiny", **swap, **more)
+    swapped.save_pretrained(tmp_path)
+    wide = swapped.config.vision.patch_dim  # type: ignore[attr-defined]
+    rows = torch.tensor([0.0, 1, 4, 5, 2, 3, 6, 7])[:, None].expand(-1, wide)  # two blocks of 2x2
+    for each in (swapped, vlkit.from_pretrained(tmp_path)):
+        batch = each.pack(input_ids=torch.tensor([[5]]), pixel_values=rows, image_grid_thw=torch.tensor([[1, 2, 4]]))
+        assert batch.patches is not None
+        assert batch.patches.tokens[:, 0].tolist() == list(range(8))
+
+
+def test_one_id_cannot_stand_for_images_and_videos() -> None:
+    with pytest.raises(ConfigError, match="both 273"):
+        vlkit.create_model("qwen2-vl-tiny", video_token_id=273)
+
+
+@pytest.mark.parametrize("wrong", [{"device": "gpu"}, {"dtype": torch.int8}, {"device": 1.5}])
+def test_a_model_is_made_of_floats_on_a_device_that_there_is(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match=r"gpu|int8|1\.5"):
+        vlkit.create_model("kimi-vl-tiny", **wrong)

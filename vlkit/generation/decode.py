@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from vlkit.errors import ConfigError, SequenceTooLongError
+from vlkit.errors import ConfigError, LayoutError, SequenceTooLongError
 from vlkit.generation.sampling import Sampler
 from vlkit.layers.cache import Cache
 from vlkit.llm.output import DecoderOutput
@@ -70,8 +70,10 @@ def generate(
         SequenceTooLongError: A sequence with its answer would pass the decoder's positions.
         ConfigError: A value out of range.
     """
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+    if not isinstance(batch, Batch):
+        raise LayoutError(f"generate takes a Batch, found {type(batch).__name__}; a Processor or model.pack makes one")
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be a whole number of at least 1, found {max_new_tokens!r}")
     lengths, limit = batch.ids.layout.lengths, model.llm.config.max_positions
     if max(lengths) + max_new_tokens > limit:
         worst = lengths.index(max(lengths))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 
 import torch
 from jaxtyping import Float, Int
@@ -81,6 +82,9 @@ class Sampler:
         top_k: int = 0,
         seed: int | Sequence[int] = 0,
     ) -> None:
+        for name, value in (("temperature", temperature), ("top_p", top_p), ("top_k", top_k)):
+            if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else (int, float)):
+                raise ConfigError(f"{name} must be a {'whole ' if name == 'top_k' else ''}number, found {value!r}")
         if not temperature >= 0:
             raise ConfigError(f"temperature must be at least 0, found {temperature}")
         if not 0 < top_p <= 1:
@@ -88,10 +92,13 @@ class Sampler:
         if top_k < 0:
             raise ConfigError(f"top_k must be at least 0 (0 keeps all), found {top_k}")
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
-        seeds = sequence_seeds(seed, num_sequences) if isinstance(seed, int) else list(seed)
+        try:
+            seeds = sequence_seeds(seed, num_sequences) if isinstance(seed, int) else [index(each) for each in seed]
+        except TypeError:
+            raise ConfigError(f"seed must be a whole number, or one per sequence, found {seed!r}") from None
         if len(seeds) != num_sequences:
             raise ConfigError(f"{len(seeds)} seeds for {num_sequences} sequences; give one per sequence, or one number")
-        self.generators = [torch.Generator().manual_seed(each) for each in seeds]
+        self.generators = [torch.Generator().manual_seed(each % 2**63) for each in seeds]
 
     def __call__(self, logits: Float[Tensor, "sequences vocab"], sequences: Sequence[int]) -> Int[Tensor, " sequences"]:
         """The next id of each sequence; `sequences` says which sequences of the batch the rows are.

@@ -28,7 +28,7 @@ from vlkit.models.qwen_common import (
     refuse_other_parts,
     written_text,
 )
-from vlkit.models.vlm import VLMConfig
+from vlkit.models.vlm import HubInputs, VLMConfig
 from vlkit.processing import CHAT_FORMATS, ByteTokenizer, ImageRule, ProcessorConfig
 from vlkit.projectors.pixel_shuffle import PixelShuffleConfig
 from vlkit.registry import component, register_family, register_model
@@ -84,6 +84,7 @@ def composed(
         llm=decoder,
         image_token_id=image_token_id,
         stop_ids=stop_ids,
+        hub_inputs=HubInputs(patch_blocks=merge_size),
         family="andesvl",
     )
 
@@ -288,7 +289,6 @@ register_family(
         write_config,
         keys,
         other_keys=other_keys,
-        patch_order="blocks",
     ),
 )
 

@@ -110,14 +110,15 @@ def create_processor(model: str | VisionLanguageModel) -> Processor:
     """The processor of a registered model, or one over bytes that fits a composed model.
 
     Args:
-        model: A name of `list_models`, or a model. One that a registered name stands for gets that name's processor; any other
-            gets the plain format over bytes with its patch size and merge size.
+        model: A name of `list_models`, or a model. One that a registered name stands for gets that name's processor. Any other
+            gets one over bytes that sizes images for its tower and projector: with the chat format of the registered model
+            that has its placeholders, such as the one whose part was swapped, or else the plain format.
 
     Raises:
         UnknownModelError: No such name.
         ConfigError: The model's vocabulary comes from files: use Processor.from_pretrained(repository or folder).
     """
-    from vlkit.processing import ImageRule, Processor, ProcessorConfig
+    from vlkit.processing import Processor, ProcessorConfig
 
     if isinstance(model, str):
         return _processor_of(model_spec(model))
@@ -127,13 +128,22 @@ def create_processor(model: str | VisionLanguageModel) -> Processor:
     for name in list_models():
         if model_spec(name).config == config:
             return _processor_of(model_spec(name))
-    rule = ImageRule(
-        patch_size=config.vision.patch_size,
-        merge_size=config.projector.merge_size,
-        frames_per_patch=getattr(config.vision, "frames_per_patch", 1),
-        tokens_per_image=_tokens_per_image(config.projector),
-    )
-    processor = Processor(ProcessorConfig(image=rule))
+    fitted = {
+        "patch_size": config.vision.patch_size,
+        "merge_size": config.projector.merge_size,
+        "frames_per_patch": getattr(config.vision, "frames_per_patch", 1),
+        "tokens_per_image": _tokens_per_image(config.projector),
+    }
+    base = ProcessorConfig()
+    for name in list_models():
+        spec = model_spec(name)
+        same = all(
+            getattr(spec.config, f) == getattr(config, f) for f in ("image_token_id", "video_token_id", "hub_inputs")
+        )
+        if same and spec.config.family is not None and spec.processor.tokenizer == "bytes":
+            base = spec.processor
+            break
+    processor = Processor(base.replace(image=base.image.replace(**fitted)))
     if processor.image_token_id != config.image_token_id:
         raise ConfigError(
             f"the model's image_token_id is {config.image_token_id}, the built-in byte tokenizer's is "
@@ -167,9 +177,12 @@ def build(
     Raises:
         ConfigError: A tensor that no `reset_parameters` of its part gives values to; it would be whatever memory holds.
     """
-    if not isinstance(dtype, (torch.dtype, type(None))):
-        raise ConfigError(f"dtype: expected a torch.dtype such as torch.bfloat16, found {dtype!r}")
-    device = torch.get_default_device() if device is None else torch.device(device)
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+        raise ConfigError(f"dtype: expected a floating torch.dtype such as torch.bfloat16, found {dtype!r}")
+    try:
+        device = torch.get_default_device() if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device: {device!r} is none: {str(error).splitlines()[0]}") from error
     with on_meta():
         model = VisionLanguageModel(config)
     model.to(dtype=dtype or torch.get_default_dtype())

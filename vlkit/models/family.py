@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from vlkit.errors import ConfigError, UnknownFieldWarning
 from vlkit.hub.keymap import KeyMap
@@ -56,10 +56,6 @@ class Family:
         write_config: The inverse; raises ConfigError for a model that the layout cannot express.
         keys: The published names of a model's weights against ours; what is written.
         other_keys: Further spellings that are read: older names, another orientation of the experts.
-        patch_order: How the family's own Hub processor lists the patches of an image: "raster", or "blocks" of merge_size x
-            merge_size. `model.pack` translates; inside vlkit patches are in raster order.
-        video_frames_apart: Every time step of a video is a run of placeholders of its own, with text between them.
-        image_span: The ids before and after an image, where the ids between them are placeholders whatever they are.
     """
 
     name: str
@@ -68,9 +64,6 @@ class Family:
     write_config: Callable[[VLMConfig], dict[str, Any]]
     keys: Callable[[VLMConfig], KeyMap]
     other_keys: Callable[[VLMConfig], tuple[KeyMap, ...]] = no_other_keys
-    patch_order: Literal["raster", "blocks"] = "raster"
-    video_frames_apart: bool = False
-    image_span: Callable[[VLMConfig], tuple[int, int]] | None = None
 
 
 class HubFields:

@@ -12,7 +12,6 @@ from torch import Tensor
 from vlkit.errors import LayoutError, PlaceholderMismatchError
 from vlkit.layers.patch import patchify
 from vlkit.packing import Batch, Layout, Packed
-from vlkit.registry import families
 
 if TYPE_CHECKING:
     from vlkit.models.vlm import VLMConfig
@@ -43,12 +42,16 @@ def batch_from_hub(
     labels: Tensor | None = None,
 ) -> Batch:
     """See `VisionLanguageModel.pack`, which says what each tensor is."""
-    family = families().get(config.family) if config.family is not None else None
+    hub = config.hub_inputs
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
         found = (
             f"{input_ids.dtype} {list(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
         )
         raise LayoutError(f"input_ids must be integers [sequences, length], found {found}")
+    if attention_mask is not None and bool(((attention_mask != 0) & (attention_mask != 1)).any()):
+        raise LayoutError(
+            f"attention_mask must be 1 at tokens and 0 at padding, found {attention_mask.unique().tolist()[:4]}"
+        )
     keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     same_shape = {
         "attention_mask": keep, "labels": labels, "image_flags": image_flags, "mm_token_type_ids": mm_token_type_ids,
@@ -58,8 +61,8 @@ def batch_from_hub(
             raise LayoutError(f"{name} is {list(tensor.shape)}, input_ids is {list(input_ids.shape)}")
     if image_flags is not None:
         input_ids = input_ids.masked_fill(image_flags.to(input_ids.device).bool(), config.image_token_id)
-    if family is not None and family.image_span is not None:
-        input_ids = _filled_spans(input_ids, family.image_span(config), config.image_token_id)
+    if hub.image_span is not None:
+        input_ids = _filled_spans(input_ids, hub.image_span, config.image_token_id)
     ids = Packed(input_ids[keep].long(), Layout(tuple(keep.sum(1).tolist())))
     if mm_token_type_ids is not None:
         _check_types(config, ids.tokens, mm_token_type_ids[keep])
@@ -67,14 +70,12 @@ def batch_from_hub(
     if second_per_grid_ts is None and video_grid_thw is not None and config.ticks_per_second is not None:
         second_per_grid_ts = [1.0] * len(video_grid_thw)  # what the published code takes where a processor is silent
     grids = {"image_grid_thw": image_grid_thw, "image_grid_hws": image_grid_hws, "image_grid_hw": image_grid_hw}
-    blocks = config.projector.merge_size if family is not None and family.patch_order == "blocks" else 1  # type: ignore[attr-defined]
-    images = list(_visuals(config, "pixel_values", pixel_values, grids, blocks, None))
+    images = list(_visuals(config, "pixel_values", pixel_values, grids, hub.patch_blocks, None))
+    video_grids = {"video_grid_thw": video_grid_thw}
     videos = list(
-        _visuals(
-            config, "pixel_values_videos", pixel_values_videos, {"video_grid_thw": video_grid_thw}, blocks, second_per_grid_ts
-        )
-    )  # fmt: skip
-    if family is not None and family.video_frames_apart:
+        _visuals(config, "pixel_values_videos", pixel_values_videos, video_grids, hub.patch_blocks, second_per_grid_ts)
+    )
+    if hub.video_frames_apart:
         videos = [frame for video in videos for frame in _frames(video)]
     if videos and config.video_token_id is None:
         raise LayoutError("videos were given, but the model has no placeholder for them (VLMConfig.video_token_id)")
@@ -102,6 +103,10 @@ def _visuals(
     given = {key: value for key, value in grids.items() if value is not None}
     if len(given) > 1:
         raise LayoutError(f"give {' or '.join(given)}, not both")
+    if pixels is not None and not isinstance(pixels, Tensor):
+        raise LayoutError(f"{name} must be a tensor, found {type(pixels).__name__}")
+    if seconds is not None and not isinstance(seconds, (Sequence, Tensor)):
+        raise LayoutError(f"second_per_grid_ts has one entry per video, found {seconds!r}")
     if pixels is None or not given:
         if pixels is not None and _are_images(config, pixels):
             size = config.vision.patch_size  # type: ignore[attr-defined]

@@ -106,7 +106,7 @@ def other_keys(config: VLMConfig) -> tuple[KeyMap, ...]:
 
 register_family(
     "qwen2.5-vl",
-    Family("qwen2.5-vl", ("qwen2_5_vl",), read_config, write_config, keys, other_keys=other_keys, patch_order="blocks"),
+    Family("qwen2.5-vl", ("qwen2_5_vl",), read_config, write_config, keys, other_keys=other_keys),
 )
 
 

@@ -126,7 +126,7 @@ def other_keys(config: VLMConfig) -> tuple[KeyMap, ...]:
 
 register_family(
     "qwen2-vl",
-    Family("qwen2-vl", ("qwen2_vl",), read_config, write_config, keys, other_keys=other_keys, patch_order="blocks"),
+    Family("qwen2-vl", ("qwen2_vl",), read_config, write_config, keys, other_keys=other_keys),
 )
 
 

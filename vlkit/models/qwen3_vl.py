@@ -31,6 +31,9 @@ MODEL_TYPES = {DENSE: "qwen3_vl", SPARSE: "qwen3_vl_moe"}
 CLASSES = {DENSE: "Qwen3VLForConditionalGeneration", SPARSE: "Qwen3VLMoeForConditionalGeneration"}
 
 
+_composed = partial(common.composed, frames_apart=True)  # text stands between the time steps of a video
+
+
 def read_config(hub: Mapping[str, Any], family: str = DENSE) -> VLMConfig:
     """The config.json of Qwen3-VL, dense or with experts, as a VLMConfig.
 
@@ -84,7 +87,7 @@ def read_config(hub: Mapping[str, Any], family: str = DENSE) -> VLMConfig:
     vision.expect("out_hidden_size", decoder.dim)
     merge_size, tokens = vision.take("spatial_merge_size"), fields.tokens
     fields.warn_of_rest()
-    return common.composed(family, tower, decoder, tokens, merge_size=merge_size)
+    return _composed(family, tower, decoder, tokens, merge_size=merge_size)
 
 
 def write_config(config: VLMConfig) -> dict[str, Any]:
@@ -203,9 +206,7 @@ def _same(experts: Any) -> Any:
 
 register_family(
     DENSE,
-    Family(
-        DENSE, (MODEL_TYPES[DENSE],), read_config, write_config, keys, patch_order="blocks", video_frames_apart=True
-    ),
+    Family(DENSE, (MODEL_TYPES[DENSE],), read_config, write_config, keys),
 )
 register_family(
     SPARSE,
@@ -216,8 +217,6 @@ register_family(
         write_config,
         keys,
         other_keys=other_keys,
-        patch_order="blocks",
-        video_frames_apart=True,
     ),
 )
 
@@ -225,7 +224,7 @@ register_family(
 def published(size: str, tower: str, num_parameters: int, active: int | None = None) -> ModelSpec:
     """A published size."""
     name = f"qwen3-vl-{size.lower()}"
-    config = common.composed(
+    config = _composed(
         DENSE if active is None else SPARSE,
         component("vision", tower).configs[tower],
         component("llm", name).configs[name],
@@ -275,7 +274,7 @@ def qwen3_vl_235b_a22b() -> ModelSpec:
 def tiny(family: str, decoder: str, num_parameters: int, active: int | None = None) -> ModelSpec:
     """The same composition and layout at a size that runs in milliseconds, over bytes."""
     llm = component("llm", decoder).configs[decoder]
-    config = common.composed(
+    config = _composed(
         family,
         component("vision", "qwen3-vit-tiny").configs["qwen3-vit-tiny"],
         llm.replace(rope_sections=(3, 1, 1), rope_interleaved=True),

@@ -19,7 +19,7 @@ from vlkit.config import Config
 from vlkit.errors import ConfigError
 from vlkit.hub.keymap import KeyMap, Pattern, drop
 from vlkit.models.family import Checkpoint, HubFields, ModelSpec
-from vlkit.models.vlm import VLMConfig
+from vlkit.models.vlm import HubInputs, VLMConfig
 from vlkit.processing import CHAT_FORMATS, ByteTokenizer, ImageRule, ProcessorConfig, VideoRule
 from vlkit.projectors.patch_merger import PatchMergerConfig
 
@@ -305,6 +305,7 @@ def composed(
     norm: Literal["layer", "rms"] = "layer",
     merge_size: int = 2,
     ticks_per_second: float | None = None,
+    frames_apart: bool = False,
 ) -> VLMConfig:
     """A tower and a decoder with the merger that joins them, and positions in time, row and column.
 
@@ -316,6 +317,7 @@ def composed(
         norm: Of the merger.
         merge_size: Side of the block of patches that becomes one token.
         ticks_per_second: Positions that a second of video takes; None means one per time step.
+        frames_apart: Whether text stands between the time steps of a video.
     """
     tower, decoder = cast(Any, vision), cast(Any, llm)
     projector = PatchMergerConfig(
@@ -331,6 +333,7 @@ def composed(
         llm=llm,
         positions="grid",
         ticks_per_second=ticks_per_second,
+        hub_inputs=HubInputs(patch_blocks=projector.merge_size, video_frames_apart=frames_apart),
         family=family,
         **tokens,
     )

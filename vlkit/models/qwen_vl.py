@@ -18,7 +18,7 @@ from vlkit.hub.keymap import KeyMap, drop
 from vlkit.llm import qwen
 from vlkit.llm.qwen import QwenConfig
 from vlkit.models.family import Checkpoint, Family, HubFields, ModelSpec
-from vlkit.models.vlm import VLMConfig
+from vlkit.models.vlm import HubInputs, VLMConfig
 from vlkit.processing import CHAT_FORMATS, ByteTokenizer, ImageRule, ProcessorConfig
 from vlkit.projectors import resampler
 from vlkit.projectors.resampler import ResamplerConfig
@@ -48,6 +48,11 @@ ENTRIES_WITHOUT_EFFECT = (  # training only, serving only, or how the published 
     "use_cache", "use_flash_attn", "use_cache_quantization", "use_cache_kernel", "softmax_in_fp32", "bos_token_id",
     "pad_token_id", "chat_format", "max_window_size",
 )  # fmt: skip
+
+
+def marked(start: int) -> HubInputs:
+    """Images stand between <img> (`start`) and </img>, the id behind it: everything there, be it a path or padding."""
+    return HubInputs(image_span=(start, start + 1))
 
 
 def read_config(hub: Mapping[str, Any]) -> VLMConfig:
@@ -133,6 +138,7 @@ def read_config(hub: Mapping[str, Any]) -> VLMConfig:
         projector=projector,
         llm=decoder,
         image_token_id=start + 2,
+        hub_inputs=marked(start),
         stop_ids=ends,
         family="qwen-vl",
     )
@@ -230,12 +236,7 @@ def keys(config: VLMConfig) -> KeyMap:
     )
 
 
-def image_span(config: VLMConfig) -> tuple[int, int]:
-    """<img> and </img>: everything between them is the image, be it a path or padding."""
-    return config.image_token_id - 2, config.image_token_id - 1
-
-
-register_family("qwen-vl", Family("qwen-vl", ("qwen",), read_config, write_config, keys, image_span=image_span))
+register_family("qwen-vl", Family("qwen-vl", ("qwen",), read_config, write_config, keys))
 
 
 def published(repo_id: str) -> ModelSpec:
@@ -245,6 +246,7 @@ def published(repo_id: str) -> ModelSpec:
         projector=ResamplerConfig(),
         llm=component("llm", "qwen-vl").configs["qwen-vl"],
         image_token_id=IMAGE_START + 2,
+        hub_inputs=marked(IMAGE_START),
         stop_ids=STOPS,
         family="qwen-vl",
     )
@@ -282,6 +284,7 @@ def qwen_vl_tiny() -> ModelSpec:
             projector=ResamplerConfig(in_dim=tower.out_dim, out_dim=decoder.dim, num_queries=4, num_heads=1),  # type: ignore[attr-defined]
             llm=decoder,
             image_token_id=special["<imgpad>"],
+            hub_inputs=marked(special["<img>"]),
             stop_ids=tuple(special[name] for name in chat.stop),
             family="qwen-vl",
         ),

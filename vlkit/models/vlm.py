@@ -31,6 +31,21 @@ from vlkit.packing import Batch, Layout, Packed
 from vlkit.registry import KINDS, component, component_of
 
 
+class HubInputs(Config):
+    """How the Hub processor of a model's family writes its tensors; `model.pack` translates. A model whose parts are swapped
+    keeps it, and with it people keep their data.
+
+    Attributes:
+        patch_blocks: Side of the square blocks in which the patches of an image are listed; 1 is row by row.
+        video_frames_apart: Every time step of a video is a run of placeholders of its own, with text between them.
+        image_span: The ids before and after an image, where the ids between them are placeholders whatever they are.
+    """
+
+    patch_blocks: Size = 1
+    video_frames_apart: bool = False
+    image_span: tuple[Count, Count] | None = None
+
+
 class VLMConfig(Config):
     """What a vision-language model is made of.
 
@@ -46,6 +61,7 @@ class VLMConfig(Config):
         positions: "line" counts the tokens of a sequence; "grid" gives every token a position in time, row and column (M-RoPE),
             which the decoder must have rope_sections for.
         ticks_per_second: With "grid", how many positions a second of video takes; None means one per time step.
+        hub_inputs: How the tensors are written that `pack` takes.
         family: Name of the Hub layout in which the model is saved; None for vlkit's own.
         loss_chunk: Tokens whose logits exist at once while the loss is computed.
     """
@@ -59,6 +75,7 @@ class VLMConfig(Config):
     stop_ids: tuple[Count, ...] = ()
     positions: Literal["line", "grid"] = "line"
     ticks_per_second: Positive | None = None
+    hub_inputs: HubInputs = HubInputs()
     family: str | None = None
     loss_chunk: Size = 1024
 
@@ -95,6 +112,8 @@ class VLMConfig(Config):
             )
         if self.ticks_per_second is not None and self.positions != "grid":
             raise ConfigError("ticks_per_second has a meaning only with positions='grid'")
+        if self.image_token_id == self.video_token_id:
+            raise ConfigError(f"image_token_id and video_token_id are both {self.image_token_id}; they must differ")
         video = () if self.video_token_id is None else (self.video_token_id,)
         for name, ids in (
             ("image_token_id", (self.image_token_id,)),
@@ -347,8 +366,8 @@ class VisionLanguageModel(nn.Module):
     ) -> Batch:
         """A Batch from the padded tensors that the family's own Hub processor emits.
 
-        The order of patches is the family's: Qwen2-VL and AndesVL list an image block by block, Kimi-VL, and models of no
-        family, row by row.
+        The order of patches is what `config.hub_inputs` says: Qwen's and AndesVL's processors list an image block by block,
+        Kimi-VL's row by row.
 
         Args:
             input_ids: Padded on either side.
