@@ -44,9 +44,9 @@ CONFIGS = {
         norm="rms",
         ticks_per_second=2.0,
     ),
-    "qwen3-vl": qwen_common.composed("qwen3-vl", QWEN3_TOWER, QWEN3, TOKENS),
+    "qwen3-vl": qwen_common.composed("qwen3-vl", QWEN3_TOWER, QWEN3, TOKENS, frames_apart=True),
     "qwen3-vl-moe": qwen_common.composed(
-        "qwen3-vl-moe", QWEN3_TOWER, QWEN3.replace(num_experts=6, top_k=2, expert_dim=40), TOKENS
+        "qwen3-vl-moe", QWEN3_TOWER, QWEN3.replace(num_experts=6, top_k=2, expert_dim=40), TOKENS, frames_apart=True
     ),
 }
 THIRD = ("qwen3-vl", "qwen3-vl-moe")

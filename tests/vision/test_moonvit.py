@@ -106,23 +106,6 @@ def test_checkpointing_keeps_less() -> None:
     assert held[1] < held[0] / 3
 
 
-def test_the_blocks_compile_once_for_all_image_sizes() -> None:
-    import torch._dynamo as dynamo
-
-    tower = tiny(num_layers=1)
-    packs = [images(tower, grids) for grids in ([(3, 5)], GRIDS, [(1, 1), (1, 2)])]
-    want = [(x.tokens, gradients(tower, x.tokens)) for x in map(tower, packs)]
-    dynamo.reset()
-    dynamo.utils.counters.clear()
-    tower.forward_blocks = torch.compile(tower.forward_blocks, fullgraph=True, dynamic=True, backend="aot_eager")  # type: ignore[method-assign]
-    for packed, (features, grads) in zip(packs, want, strict=True):
-        ours = tower(packed).tokens
-        assert difference(ours, features) < 1e-13
-        assert all(difference(a, b) < 1e-12 for a, b in zip(gradients(tower, ours), grads, strict=True))
-    assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    dynamo.reset()
-
-
 def test_rows_and_columns_are_told_apart() -> None:
     """A transposed image gives other features: with rotary embedding, and by the table alone."""
     for use_rope in (True, False):
