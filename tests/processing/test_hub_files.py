@@ -16,7 +16,7 @@ from PIL import Image
 from tests.assets import asset
 from vlkit.errors import ConfigError
 from vlkit.models.family import ModelSpec
-from vlkit.processing import CHAT_FORMATS, ByteTokenizer, ImageRule, Processor, VideoRule
+from vlkit.processing import ByteTokenizer, ImageRule, Processor, VideoRule
 from vlkit.processing.hub_files import processor_config
 from vlkit.registry import model_spec
 
@@ -260,20 +260,6 @@ def test_answers_end_where_generation_config_says_too(ends: Any, tmp_path: Path)
     assert processor.stop_ids == (*own, *(ends if isinstance(ends, list) else [ends]))
 
 
-def test_the_thinking_variant_is_known_by_its_template(tmp_path: Path) -> None:
-    write(tmp_path, FOLDERS["qwen3-vl-2b"])
-    assert processor_config(tmp_path).chat == CHAT_FORMATS["qwen3-vl"]
-
-    begins = r"{{- '<|im_start|>assistant\n<think>\n' }}"
-    for name, content in (
-        ("chat_template.jinja", begins),
-        ("chat_template.json", json.dumps({"chat_template": begins})),
-    ):
-        (tmp_path / name).write_text(content)
-        assert processor_config(tmp_path).chat == CHAT_FORMATS["qwen3-vl-thinking"]
-        (tmp_path / name).unlink()
-
-
 @pytest.mark.parametrize(
     ("name", "file", "changes", "match"),
     [
@@ -304,3 +290,22 @@ def test_the_other_sizes_of_andesvl_are_one_change_away(tmp_path: Path) -> None:
     assert isinstance(chat, ImageRule)
     assert rule.num_tokens(rule.target_size(1080, 1920).grid) == 2691
     assert chat.num_tokens(chat.target_size(1080, 1920).grid) == 700
+
+
+def test_what_was_saved_last_is_what_is_read(tmp_path: Path) -> None:
+    source = small_vocabulary(write(tmp_path / "a", FOLDERS["qwen2-vl-2b"]), "qwen2-vl-2b")
+    published = Processor.from_pretrained(source)
+    other = published.config.replace(image=published.config.image.replace(max_pixels=100_000))
+    changed = Processor(other, published.tokenizer)
+
+    for processor in (published, changed, published, changed):
+        processor.save_pretrained(tmp_path / "b")
+        assert Processor.from_pretrained(tmp_path / "b").config == processor.config
+
+
+def test_a_processor_keeps_its_config() -> None:
+    """Its chat, ids and files come from it; a config put in later would be half of a processor."""
+    processor = Processor()
+
+    with pytest.raises(AttributeError):
+        processor.config = processor.config.replace(max_length=3)  # type: ignore[misc]

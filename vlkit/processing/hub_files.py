@@ -13,6 +13,7 @@ from typing import Any
 from vlkit.errors import ConfigError
 from vlkit.hub.strict_json import read_json
 from vlkit.processing.chat_format import CHAT_FORMATS
+from vlkit.processing.hub_template import JINJA_FILE, JSON_FILE, TOKENIZER_FILE, with_template
 from vlkit.processing.image_rule import ImageRule
 from vlkit.processing.processor_config import ProcessorConfig
 from vlkit.processing.video_rule import VideoRule
@@ -25,7 +26,7 @@ IMAGE_FILE, VIDEO_FILE, JOINT_FILE = (
 MODEL_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 KEPT_FILES = (
     *(IMAGE_FILE, VIDEO_FILE, JOINT_FILE),
-    *("chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json"),
+    *(JINJA_FILE, JSON_FILE, "special_tokens_map.json", "added_tokens.json"),
 )
 """What a saved processor writes back, beside the tokenizer's files."""
 SHARED_FILES = (MODEL_FILE, GENERATION_FILE)
@@ -51,7 +52,7 @@ def processor_config(folder: Path) -> ProcessorConfig:
         path = folder / MODEL_FILE
     with _named(path):
         config = _by_family(fields, model, folder)
-    return config.replace(stop_ids=_stop_ids(folder))
+    return with_template(config.replace(stop_ids=_stop_ids(folder)), folder)
 
 
 def _by_family(fields: Mapping[str, Any], model: Mapping[str, Any], folder: Path) -> ProcessorConfig:
@@ -113,7 +114,7 @@ def _stop_ids(folder: Path) -> tuple[int, ...]:
 
 def _thinks(folder: Path) -> bool:
     """Whether the chat template begins every answer with a thought."""
-    texts = [(folder / name) for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")]
+    texts = [folder / name for name in (JINJA_FILE, JSON_FILE, TOKENIZER_FILE)]
     return any(
         r"assistant\n<think>\n'" in path.read_text("utf-8", "replace").replace(r"\\n", r"\n")
         for path in texts

@@ -33,17 +33,15 @@ from vlkit.processing.chat import (
     Piece,
     Seen,
     Text,
-    VideoSlot,
     Visual,
     chat_pieces,
     check_messages,
     encode_pieces,
     fill_slots,
 )
-from vlkit.processing.chat_format import ChatFormat
 from vlkit.processing.image import Canvases, pack_canvases, prepare_image
 from vlkit.processing.processor_config import ProcessorConfig
-from vlkit.processing.template import ChatTemplate
+from vlkit.processing.template import ChatTemplate, without_outer_marks
 from vlkit.processing.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from vlkit.processing.video import prepare_video
 
@@ -96,7 +94,7 @@ class Processor:
         *,
         hub_files: Mapping[str, bytes] | None = None,
     ) -> None:
-        self.config = config or ProcessorConfig()
+        self._config = config or ProcessorConfig()
         self._hub_files = dict(hub_files or {})
         if tokenizer is None:
             if self.config.tokenizer != "bytes":
@@ -123,6 +121,11 @@ class Processor:
         self.stop_ids: tuple[int, ...] = tuple(
             dict.fromkeys((*(tokenizer.special[name] for name in chat.stop), *self.config.stop_ids))
         )
+
+    @property
+    def config(self) -> ProcessorConfig:
+        """What it was made from. For another, make another: Processor(processor.config.replace(...), processor.tokenizer)."""
+        return self._config
 
     def __call__(
         self,
@@ -296,7 +299,7 @@ class Processor:
             add_generation_prompt=options.prompt,
             variables=variables,
         )
-        return _without_outer_marks(pieces, chat)
+        return without_outer_marks(pieces, chat)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write what `from_pretrained` reads; the folder is made where it is missing.
@@ -311,7 +314,10 @@ class Processor:
         self.write_files(folder)
 
     def write_files(self, folder: str | os.PathLike[str]) -> None:
-        """Write the files into a folder that exists: those of the checkpoint it came from, or processor.json."""
+        """Write the files into a folder that exists: those of the checkpoint it came from, or processor.json.
+
+        A processor.json that is there is replaced, or removed where it would hide the files of the checkpoint.
+        """
         if self.config.tokenizer == "files" and not self.tokenizer.files:
             raise ConfigError(
                 f"the {type(self.tokenizer).__name__} has no files, so the processor could not be read again"
@@ -322,6 +328,8 @@ class Processor:
                 files.pop(name, None)
         if not self._hub_files:
             files[PROCESSOR_FILE] = (json.dumps(self.config.to_dict(), indent=2, ensure_ascii=False) + "\n").encode()
+        else:
+            (Path(folder) / PROCESSOR_FILE).unlink(missing_ok=True)
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
 
@@ -408,17 +416,3 @@ def _filled(visuals: Sequence[Visual], images: Sequence[Any], videos: Sequence[A
 def _counted(visuals: Sequence[Visual]) -> str:
     counts = [(sum(visual.kind == kind for visual in visuals), kind) for kind in ("image", "video")]
     return " and ".join(f"{count} {kind}s" for count, kind in counts if count or kind == "image")
-
-
-def _without_outer_marks(pieces: list[Piece], chat: ChatFormat) -> list[Piece]:
-    """Templates put marks around a whole video; they go where the format has them around each time step instead."""
-    if not chat.frames_apart or chat.video_prefix:
-        return pieces
-    dropped = set()
-    for index, piece in enumerate(pieces):
-        if isinstance(piece, VideoSlot):
-            for place, marks in ((index - 1, chat.frame_prefix), (index + 1, chat.frame_suffix)):
-                near = pieces[place] if 0 <= place < len(pieces) else None
-                if isinstance(near, Text) and near.special and near.text in marks:
-                    dropped.add(place)
-    return [piece for index, piece in enumerate(pieces) if index not in dropped]

@@ -16,6 +16,7 @@ from typing import Any
 
 from vlkit.errors import TemplateError, VlkitError
 from vlkit.processing.chat import ImageSlot, Message, Piece, Text, VideoSlot, check_messages
+from vlkit.processing.chat_format import ChatFormat
 from vlkit.processing.template_sandbox import ANSWER, ANSWER_END, TemplateLimits, compile_template, generate
 
 _BREAK = "\ufdd0"  # a noncharacter, like the marks of answers: Unicode keeps them out of interchanged text
@@ -128,6 +129,20 @@ class ChatTemplate:
             raise TemplateError(f"{self.name}: {error}") from error
         except Exception as error:  # whatever a template can make Python raise
             raise TemplateError(f"{self.name}: {type(error).__name__}: {error}") from error
+
+
+def without_outer_marks(pieces: list[Piece], chat: ChatFormat) -> list[Piece]:
+    """Templates put marks around a whole video; they go where the format has them around each time step instead."""
+    if not chat.frames_apart or chat.video_prefix:
+        return pieces
+    dropped = set()
+    for index, piece in enumerate(pieces):
+        if isinstance(piece, VideoSlot):
+            for place, marks in ((index - 1, chat.frame_prefix), (index + 1, chat.frame_suffix)):
+                near = pieces[place] if 0 <= place < len(pieces) else None
+                if isinstance(near, Text) and near.special and near.text in marks:
+                    dropped.add(place)
+    return [piece for index, piece in enumerate(pieces) if index not in dropped]
 
 
 def _guarded(value: Any, special: Collection[str]) -> Any:
