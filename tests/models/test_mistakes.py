@@ -27,7 +27,7 @@ from vlkit.models import kimi_vl
 from vlkit.objectives import chunked_cross_entropy
 from vlkit.optim import muon_param_groups
 from vlkit.packing import Batch, Layout, Packed
-from vlkit.testing import random_batch
+from vlkit.testing import contract, random_batch
 
 
 @pytest.fixture(scope="module")
@@ -316,3 +316,38 @@ def test_one_id_cannot_stand_for_images_and_videos() -> None:
 def test_a_model_is_made_of_floats_on_a_device_that_there_is(wrong: Any) -> None:
     with pytest.raises(ConfigError, match=r"gpu|int8|1\.5"):
         vlkit.create_model("kimi-vl-tiny", **wrong)
+
+
+class Adapted(nn.Module):
+    """A linear layer with an adapter, whose `weight` is that of the layer alone, as adapters of the field have it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False, dtype=base.weight.dtype)
+        self.up = nn.Linear(2, base.out_features, bias=False, dtype=base.weight.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_decoding_sees_an_adapter_on_the_up_projection() -> None:
+    """The absorbed form reads the weight of kv_up; where that is not all of kv_up, rows are expanded."""
+    torch.manual_seed(0)
+    model = vlkit.create_model("kimi-vl-tiny", dtype=torch.float64)
+    for block in model.llm.blocks:
+        block.attn.kv_up = Adapted(block.attn.kv_up)
+    contract.cache_equals_full(model)
+
+
+def test_a_compiled_block_stack_still_generates() -> None:
+    torch.manual_seed(0)
+    model = vlkit.create_model("qwen2-vl-tiny")
+    batch = random_batch(model, labels=False)
+    want = model.generate(batch, max_new_tokens=3, stop=())
+    model.llm.forward_blocks = torch.compile(model.llm.forward_blocks, fullgraph=True, backend="eager")
+    assert model.generate(batch, max_new_tokens=3, stop=()) == want

@@ -92,7 +92,8 @@ class LatentAttention(nn.Module):
             (stored,) = cache.write(layer, layout, torch.cat([latent, k_rope.squeeze(1)], dim=-1))
             if any(cache.lengths):
                 lengths = cache.key_lengths(layout)
-                return self.out(self._absorbed(q_nope, q_rope, stored, layout, lengths, backend).flatten(-2))
+                attend = self._absorbed if _is_matrix(self.kv_up) else self._expanded
+                return self.out(attend(q_nope, q_rope, stored, layout, lengths, backend).flatten(-2))
         k_nope, v = (
             self.kv_up(latent).unflatten(-1, (self.num_heads, -1)).split([self.nope_dim, self.value_dim], dim=-1)
         )
@@ -124,3 +125,21 @@ class LatentAttention(nn.Module):
             key_lengths=lengths,
         )
         return torch.bmm(out.transpose(0, 1), up_v.transpose(1, 2)).transpose(0, 1)
+
+    def _expanded(
+        self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, layout: Layout, lengths: list[int], backend: Backend
+    ) -> Float[Tensor, "tokens heads value_dim"]:
+        """The same by expanding every stored row, for a kv_up that is more than a matrix, such as one with an adapter."""
+        longest = max(lengths)
+        latent, k_rope = stored[:, :longest].split([self.kv_rank, self.rope_dim], dim=-1)
+        up = self.kv_up(latent).unflatten(-1, (self.num_heads, -1))  # [sequences, longest, H, N + V]
+        k_nope, v = up.split([self.nope_dim, self.value_dim], dim=-1)
+        k = torch.cat([k_nope, k_rope.unsqueeze(2).expand(*k_nope.shape[:3], -1)], dim=-1)
+        q = torch.cat([q_nope, q_rope], dim=-1)
+        return attention(q, k, v, layout=layout, causal=True, scale=self.scale, backend=backend, key_lengths=lengths)
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Whether calling the module is a product with its weight and nothing else."""
+    watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and not watched

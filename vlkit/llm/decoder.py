@@ -169,7 +169,7 @@ class Decoder(nn.Module):
         if cache is None:
             x, routing = self.forward_blocks(x, rotary, layout.segments(x.device), deep=deep)
         else:
-            x, routing = self.forward_blocks(x, rotary, layout, cache, deep)
+            x, routing = self._run_blocks(x, rotary, layout, cache, deep)  # lengths are on the host: never compiled
             cache.advance(layout, next_positions)
         return DecoderOutput(Packed(self.norm(x), layout), routing)
 
@@ -177,11 +177,15 @@ class Decoder(nn.Module):
         self,
         x: Float[Tensor, "tokens dim"],
         rotary: Rotary,
-        layout: Layout | Segments,
-        cache: Cache | None = None,
+        segments: Segments,
         deep: Deep | None = None,
     ) -> tuple[Float[Tensor, "tokens dim"], tuple[Routing, ...]]:
-        """The block stack. With Segments all that depends on lengths is tensors: it compiles once for all lengths."""
+        """The block stack without a cache. All that depends on lengths is tensors: it compiles once for all lengths."""
+        return self._run_blocks(x, rotary, segments, None, deep)
+
+    def _run_blocks(
+        self, x: Tensor, rotary: Rotary, layout: Layout | Segments, cache: Cache | None, deep: Deep | None
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
         routings = []
         for layer, block in enumerate(self.blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
