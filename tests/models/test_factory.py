@@ -99,3 +99,17 @@ def test_a_changed_model_keeps_the_format_of_its_chats(name: str, overrides: dic
     image = Image.new("RGB", (57, 31))
     batch = processor([{"role": "user", "content": [{"type": "image", "image": image}]}])
     assert model(batch).logits.tokens.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("tower", "mean"),
+    [
+        ("aimv2-tiny", 0.48145466),
+        ("moonvit-tiny", 0.5),
+        ("timm:vit_tiny_patch16_224.augreg_in21k", 0.5),
+        ("timm:vit_small_patch14_dinov2.lvd142m", 0.485),
+    ],
+)
+def test_pixels_are_normalised_as_the_tower_was_trained(tower: str, mean: float) -> None:
+    model = vlkit.compose(vision=tower, llm="qwen3-tiny", device="meta")
+    assert vlkit.create_processor(model).config.image.mean[0] == mean

@@ -134,6 +134,8 @@ def create_processor(model: str | VisionLanguageModel) -> Processor:
         "frames_per_patch": getattr(config.vision, "frames_per_patch", 1),
         "tokens_per_image": _tokens_per_image(config.projector),
     }
+    if hasattr(config.vision, "pixel_statistics"):
+        fitted |= config.vision.pixel_statistics._asdict()
     base = ProcessorConfig()
     for name in list_models():
         spec = model_spec(name)

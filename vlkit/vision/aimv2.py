@@ -28,7 +28,15 @@ from vlkit.layers.rope import Rotary
 from vlkit.layers.self_attention import SelfAttention
 from vlkit.packing import Layout, Packed, Segments
 from vlkit.registry import register_component
-from vlkit.vision.tower import TowerBlock, check_heads, check_patches, grid_rotary, run_blocks
+from vlkit.vision.tower import (
+    CLIP_PIXELS,
+    PixelStatistics,
+    TowerBlock,
+    check_heads,
+    check_patches,
+    grid_rotary,
+    run_blocks,
+)
 
 
 class AIMv2Config(Config):
@@ -76,6 +84,11 @@ class AIMv2Config(Config):
     def out_dim(self) -> int:
         """Width of the features."""
         return self.dim
+
+    @property
+    def pixel_statistics(self) -> PixelStatistics:
+        """Mean and spread by which pixels were normalised when the published weights were trained."""
+        return CLIP_PIXELS
 
 
 class AIMv2(nn.Module):

@@ -26,7 +26,7 @@ from vlkit.layers.position import PositionTable, list_to_table, table_to_cells
 from vlkit.layers.self_attention import SelfAttention
 from vlkit.packing import Packed, Segments
 from vlkit.registry import register_component
-from vlkit.vision.tower import TowerBlock, check_patches, run_blocks
+from vlkit.vision.tower import CLIP_PIXELS, PixelStatistics, TowerBlock, check_patches, run_blocks
 
 
 class OpenCLIPViTConfig(Config):
@@ -65,6 +65,11 @@ class OpenCLIPViTConfig(Config):
     def out_dim(self) -> int:
         """Width of the features."""
         return self.dim
+
+    @property
+    def pixel_statistics(self) -> PixelStatistics:
+        """Mean and spread by which pixels were normalised when the published weights were trained."""
+        return CLIP_PIXELS
 
 
 class OpenCLIPViT(nn.Module):

@@ -31,7 +31,16 @@ from vlkit.layers.self_attention import SelfAttention
 from vlkit.packing import Layout, Packed, Segments
 from vlkit.registry import register_component
 from vlkit.vision.qwen2_vit import tower_keys
-from vlkit.vision.tower import TowerBlock, check_heads, check_layers, check_patches, grid_rotary, run_block
+from vlkit.vision.tower import (
+    CLIP_PIXELS,
+    PixelStatistics,
+    TowerBlock,
+    check_heads,
+    check_layers,
+    check_patches,
+    grid_rotary,
+    run_block,
+)
 
 
 class Qwen25ViTConfig(Config):
@@ -87,6 +96,11 @@ class Qwen25ViTConfig(Config):
     def out_dim(self) -> int:
         """Width of the features."""
         return self.dim
+
+    @property
+    def pixel_statistics(self) -> PixelStatistics:
+        """Mean and spread by which pixels were normalised when the published weights were trained."""
+        return CLIP_PIXELS
 
     @property
     def window_side(self) -> int:

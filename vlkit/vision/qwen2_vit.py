@@ -27,7 +27,15 @@ from vlkit.layers.rope import Rotary
 from vlkit.layers.self_attention import SelfAttention
 from vlkit.packing import Packed, Segments
 from vlkit.registry import register_component
-from vlkit.vision.tower import TowerBlock, check_heads, check_patches, grid_rotary, run_blocks
+from vlkit.vision.tower import (
+    CLIP_PIXELS,
+    PixelStatistics,
+    TowerBlock,
+    check_heads,
+    check_patches,
+    grid_rotary,
+    run_blocks,
+)
 
 
 class Qwen2ViTConfig(Config):
@@ -71,6 +79,11 @@ class Qwen2ViTConfig(Config):
     def out_dim(self) -> int:
         """Width of the features."""
         return self.dim
+
+    @property
+    def pixel_statistics(self) -> PixelStatistics:
+        """Mean and spread by which pixels were normalised when the published weights were trained."""
+        return CLIP_PIXELS
 
 
 class Qwen2ViT(nn.Module):

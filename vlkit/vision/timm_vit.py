@@ -35,7 +35,7 @@ from vlkit.layers.position import interpolate_positions
 from vlkit.layers.rope import Pairing, Rotary, apply_rotary
 from vlkit.packing import Layout, Packed, Segments
 from vlkit.registry import register_component, register_prefix
-from vlkit.vision.tower import check_patches, run_blocks
+from vlkit.vision.tower import PixelStatistics, check_patches, run_blocks
 
 Argument = bool | int | float | str
 
@@ -109,6 +109,11 @@ class TimmViTConfig(Config):
         """Width of the features."""
         return self.facts.dim
 
+    @property
+    def pixel_statistics(self) -> PixelStatistics:
+        """Mean and spread by which timm normalises pixels for this model's weights."""
+        return self.facts.pixel_statistics
+
 
 class Facts(NamedTuple):
     """What the rest of a model has to know of a timm model."""
@@ -117,6 +122,7 @@ class Facts(NamedTuple):
     in_channels: int
     dim: int
     num_layers: int
+    pixel_statistics: PixelStatistics
 
 
 @cache
@@ -127,7 +133,9 @@ def _facts(name: str, arguments: tuple[tuple[str, Argument], ...], num_layers: i
     if num_layers is not None and num_layers > depth:
         raise ConfigError(f"TimmViTConfig.num_layers: {num_layers} of the {depth} blocks of {name}")
     weight = trunk.patch_embed.proj.weight
-    return Facts(weight.shape[-1], weight.shape[1], trunk.embed_dim, num_layers or depth)
+    published = trunk.pretrained_cfg
+    pixels = PixelStatistics(tuple(published["mean"]), tuple(published["std"]))
+    return Facts(weight.shape[-1], weight.shape[1], trunk.embed_dim, num_layers or depth, pixels)
 
 
 def _timm() -> Any:

@@ -8,7 +8,7 @@ A tower's own file gives its config, how patches are embedded, which blocks it h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -69,6 +69,17 @@ def check_layers(config: StackConfig, name: str, layers: tuple[int, ...]) -> Non
             f"{type(config).__name__}.{name}: {layers} must rise and stay below num_layers={config.num_layers}; "
             "layers are counted from 0"
         )
+
+
+class PixelStatistics(NamedTuple):
+    """Per colour channel, of values in 0..1: (value - mean) / std is what a tower sees."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+CLIP_PIXELS = PixelStatistics((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+"""CLIP's, arXiv:2103.00020; towers that say nothing take 0.5 and 0.5."""
 
 
 def check_patches(config: PatchConfig, patches: Packed, *, max_grid_side: int | None = None) -> None:
