@@ -6,7 +6,9 @@ in 14 of a million values (largest seen).
 
 from __future__ import annotations
 
+import json
 import shutil
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.assets import asset
+from vlkit.errors import UnknownFieldWarning
 from vlkit.models.factory import build
 from vlkit.packing import Packed
 from vlkit.processing import Processor, ProcessorConfig, load_tokenizer, pack_images, pack_video
+from vlkit.processing.hub_files import processor_config as hub_config
 from vlkit.registry import model_spec
 
 SIZES = [(1, 1), (27, 29), (98, 98), (42, 70), (333, 77), (480, 641), (1081, 719), (28, 1000)]
@@ -204,3 +208,47 @@ def test_whole_conversations_become_the_same_batch(name: str, vocabulary: Any) -
     assert_same_pixels(packed.patches.tokens, batch.patches.tokens, config, 0)
     if name == "qwen2.5-vl":
         assert packed.seconds == pytest.approx(batch.seconds)
+
+
+EDITS: dict[str, dict[str, Any]] = {
+    "bilinear": {"resample": 2},
+    "no mean and std": {"do_normalize": False},
+    "values in -1..1": {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
+    "no rescaling": {"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [127.5] * 3},
+    "neither": {"do_rescale": False, "do_normalize": False},
+    "max_pixels beside size": {"size": {"shortest_edge": 64, "longest_edge": 40960}, "max_pixels": 10_000},
+    "min_pixels beside size": {"size": {"shortest_edge": 64, "longest_edge": 40960}, "min_pixels": 30_000},
+}
+
+
+@pytest.mark.parametrize("kind", ["images", "videos"])
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_edited_files_mean_what_they_mean_in_transformers(family: str, edit: str, kind: str, tmp_path: Path) -> None:
+    """What a person changes in a saved folder, each field for itself; values up to 255, so the bound is relative."""
+    from transformers import AutoImageProcessor, AutoVideoProcessor
+
+    config = QWEN3 if family == "qwen3_vl" else QWEN2
+    image_processor(config, "torchvision").save_pretrained(tmp_path)
+    video_processor(config).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    path = tmp_path / ("preprocessor_config.json" if kind == "images" else "video_preprocessor_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | EDITS[edit]))
+    frames = np.stack([np.asarray(picture(77, 133, seed)) for seed in range(4)])
+
+    ignored = family == "qwen3_vl" and kind == "videos" and "beside" in edit
+    with pytest.warns(UnknownFieldWarning, match="_pixels") if ignored else nullcontext():
+        ours = hub_config(tmp_path)
+    if kind == "images":
+        got = pack_images([frames[0]], ours.image)
+        expected = AutoImageProcessor.from_pretrained(tmp_path)([Image.fromarray(frames[0])], return_tensors="pt")
+        values, grid = expected["pixel_values"], expected["image_grid_thw"]
+    else:
+        assert ours.image.mean == config.image.mean
+        got = pack_video(frames, ours.image, ours.video).patches
+        clip = torch.from_numpy(frames).permute(0, 3, 1, 2)
+        expected = AutoVideoProcessor.from_pretrained(tmp_path)(clip, return_tensors="pt", do_sample_frames=False)
+        values, grid = expected["pixel_values_videos"], expected["video_grid_thw"]
+
+    assert got.layout.grids == tuple(map(tuple, grid.tolist()))
+    assert_close(theirs(got), values.float(), atol=1e-6, rtol=1e-6)

@@ -14,7 +14,7 @@ import tokenizers
 from PIL import Image
 
 from tests.assets import asset
-from vlkit.errors import ConfigError
+from vlkit.errors import ConfigError, UnknownFieldWarning
 from vlkit.models.family import ModelSpec
 from vlkit.processing import ByteTokenizer, ImageRule, Processor, VideoRule
 from vlkit.processing.hub_files import processor_config
@@ -271,6 +271,25 @@ def test_answers_end_where_generation_config_says_too(ends: Any, tmp_path: Path)
         ("qwen-vl-chat", "config.json", {"visual": {"image_size": 448}}, "no 'patch_size'"),
         ("andesvl-1b", "config.json", {"vision_config": {"patch_size": "14"}}, "patch_size must be a whole number"),
         ("andesvl-1b", "config.json", {"vision_config": 3}, "vision_config must be an object"),
+        (
+            "qwen2-vl-2b",
+            "preprocessor_config.json",
+            {"do_resize": False},
+            "do_resize is false; images are always resized",
+        ),
+        ("qwen2-vl-2b", "preprocessor_config.json", {"do_convert_rgb": False}, "do_convert_rgb is false"),
+        ("qwen2-vl-2b", "preprocessor_config.json", {"do_rescale": "no"}, "do_rescale must be true or false"),
+        ("qwen2-vl-2b", "preprocessor_config.json", {"resample": 0}, "resample is 0; known are 1"),
+        ("qwen2-vl-2b", "preprocessor_config.json", {"resample": 1}, "has no filter 'lanczos'"),
+        ("qwen2-vl-2b", "preprocessor_config.json", {"rescale_factor": 0}, "rescale_factor must be a number above 0"),
+        (
+            "qwen2-vl-2b",
+            "preprocessor_config.json",
+            {"rescale_factor": 1, "image_std": 1},
+            "image_mean and image_std must be three numbers",
+        ),
+        ("qwen3-vl-2b", "video_preprocessor_config.json", {"do_resize": False}, "do_resize is false"),
+        ("qwen3-vl-2b", "video_preprocessor_config.json", {"patch_size": 14}, "patch_size is 14 for videos and 16"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_its_file(
@@ -280,6 +299,23 @@ def test_what_makes_no_sense_is_refused_with_its_file(
 
     with pytest.raises(ConfigError, match=rf"/{file}: .*{match}".replace(".json", r"\.json")):
         processor_config(write(tmp_path, files))
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("qwen2-vl-2b", "preprocessor_config.json"),
+        ("qwen3-vl-2b", "preprocessor_config.json"),
+        ("qwen3-vl-2b", "video_preprocessor_config.json"),
+    ],
+)
+def test_fields_without_an_effect_are_named(name: str, file: str, tmp_path: Path) -> None:
+    files = {**FOLDERS[name], file: {**FOLDERS[name][file], "my_field": 3, "do_sharpen": True, "crop_size": None}}
+
+    with pytest.warns(UnknownFieldWarning, match="have fields without an effect here: do_sharpen, my_field$") as seen:
+        processor_config(write(tmp_path, files))
+
+    assert len(seen) == 1
 
 
 def test_the_other_sizes_of_andesvl_are_one_change_away(tmp_path: Path) -> None:

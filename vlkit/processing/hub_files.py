@@ -5,12 +5,14 @@ preprocessor_config.json or processor_config.json, video_preprocessor_config.jso
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vlkit.errors import ConfigError
+from vlkit.errors import ConfigError, UnknownFieldWarning
 from vlkit.hub.strict_json import read_json
 from vlkit.processing.chat_format import CHAT_FORMATS
 from vlkit.processing.hub_template import JINJA_FILE, JSON_FILE, TOKENIZER_FILE, with_template
@@ -32,6 +34,44 @@ KEPT_FILES = (
 SHARED_FILES = (MODEL_FILE, GENERATION_FILE)
 """What it writes back only where a model has not written its own."""
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_NO_EFFECT = frozenset(
+    # What the published files hold besides, and what transformers writes: names, and defaults that nothing here depends on.
+    [
+        "auto_map",
+        "crop_size",
+        "data_format",
+        "default_to_square",
+        "device",
+        "disable_grouping",
+        "do_center_crop",
+        "do_pad",
+        "do_sample_frames",
+        "feature_extractor_type",
+        "hidden_stride",
+        "image_processor_type",
+        "input_data_format",
+        "num_pooled_tokens",
+        "pad_size",
+        "padding",
+        "processor_class",
+        "return_metadata",
+        "return_tensors",
+        "transformers_version",
+        "video_metadata",
+        "video_processor_type",
+        "_processor_class",
+        "_valid_processor_keys",
+    ]
+)
+_FOLLOWED = {
+    "kimi": "in_token_limit merge_kernel_size pad_input patch_size image_mean image_std",
+    "qwen": "size patch_size merge_size temporal_patch_size image_mean image_std resample do_resize do_rescale "
+    "rescale_factor do_normalize do_convert_rgb",
+    "areas": "min_pixels max_pixels",
+    "video": "fps min_frames max_frames cap_pixels_per_frame max_video_tokens",
+}
+_FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers of them, as the files have them."""
 _QWEN_TYPES = ("Qwen2VLImageProcessor", "Qwen3VLImageProcessor")
 
 
@@ -60,6 +100,7 @@ def _by_family(fields: Mapping[str, Any], model: Mapping[str, Any], folder: Path
     if not fields:
         return _qwen_vl_chat(model)
     if "in_token_limit" in fields:
+        _warn_of_unknown(fields, "kimi")
         return _kimi_vl(fields)
     if model_type.startswith("andesvl"):
         with _named(folder / MODEL_FILE):
@@ -70,14 +111,27 @@ def _by_family(fields: Mapping[str, Any], model: Mapping[str, Any], folder: Path
     if str(fields.get("image_processor_type", "")).startswith(_QWEN_TYPES):
         made_for = str(fields.get("processor_class") or _optional(folder / JOINT_FILE).get("processor_class"))
         third = model_type.startswith("qwen3_vl") or made_for.startswith("Qwen3VL")
+        _warn_of_unknown(fields, "qwen", "areas")
         config = _qwen(fields, third and _thinks(folder), third)
         video, path = _part_file(folder, VIDEO_FILE, "video_processor")
         with _named(path):
-            return config.replace(video=_qwen_video(video, third))
+            # transformers' class for the videos of Qwen3-VL reads its size alone, every other one lets these two win.
+            _warn_of_unknown(video, "qwen", "video", *(() if third else ("areas",)))
+            return config.replace(video=_qwen_video(video, third, config.image))
     raise ConfigError(
         f"image_processor_type {fields.get('image_processor_type')!r} is not known; make a Processor from a "
         f"ProcessorConfig and load_tokenizer instead"
     )
+
+
+def _warn_of_unknown(fields: Mapping[str, Any], *kinds: str) -> None:
+    known = _NO_EFFECT.union(*(_FOLLOWED[kind].split() for kind in kinds))
+    if unknown := sorted(name for name, value in fields.items() if name not in known and value is not None):
+        warnings.warn(
+            f"the files of the processor have fields without an effect here: {', '.join(unknown)}",
+            UnknownFieldWarning,
+            stacklevel=2,
+        )
 
 
 @contextmanager
@@ -198,6 +252,7 @@ def _qwen(fields: Mapping[str, Any], thinks: bool, third: bool) -> ProcessorConf
     least, most = _areas(fields)
     if least is None or most is None:
         raise ConfigError("no 'min_pixels' and 'max_pixels', and no such areas as size.shortest_edge and longest_edge")
+    mean, std = _statistics(fields, _field(fields, "image_mean"), _field(fields, "image_std"))
     return ProcessorConfig(
         tokenizer="files",
         chat=CHAT_FORMATS["chatml" if not third else "qwen3-vl-thinking" if thinks else "qwen3-vl"],
@@ -210,26 +265,86 @@ def _qwen(fields: Mapping[str, Any], thinks: bool, third: bool) -> ProcessorConf
             min_pixels=least,
             max_pixels=most,
             max_side=None,
-            mean=_field(fields, "image_mean"),
-            std=_field(fields, "image_std"),
+            mean=mean,
+            std=std,
+            resample=_resample(fields),
             resampler="torch",
         ),
     )
 
 
-def _qwen_video(fields: Mapping[str, Any], third: bool) -> VideoRule:
+def _statistics(fields: Mapping[str, Any], mean: Any, std: Any) -> tuple[Any, Any]:
+    """Mean and std of values in 0..1 that do what rescaling and normalising by the fields would.
+
+    Raises:
+        ConfigError: A field is no such value.
+    """
+    factor = _flag(fields, "do_rescale") and fields.get("rescale_factor", 1 / 255)
+    factor = 1.0 if factor is False else factor
+    if type(factor) not in (int, float) or not factor > 0:
+        raise ConfigError(f"rescale_factor must be a number above 0, found {factor!r}")
+    if not _flag(fields, "do_normalize"):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    scale = 255 * factor
+    if math.isclose(scale, 1, rel_tol=1e-9):
+        return mean, std
+    try:
+        return tuple(float(level) / scale for level in mean), tuple(float(level) / scale for level in std)
+    except (TypeError, ValueError):
+        raise ConfigError(f"image_mean and image_std must be three numbers each, found {mean!r} and {std!r}") from None
+
+
+def _resample(fields: Mapping[str, Any]) -> Any:
+    """The filter of the resize; refuses files that turn off what always happens here."""
+    for name, done in (("do_resize", "images are always resized"), ("do_convert_rgb", "images are always made RGB")):
+        if not _flag(fields, name):
+            raise ConfigError(
+                f"{name} is false; {done} here. Set it to true, or make a Processor from a ProcessorConfig"
+            )
+    number = fields.get("resample", 3)
+    if number not in _FILTERS:
+        raise ConfigError(f"resample is {number!r}; known are 1 (lanczos), 2 (bilinear) and 3 (bicubic)")
+    return _FILTERS[number]
+
+
+def _flag(fields: Mapping[str, Any], name: str) -> bool:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, found {value!r}")
+    return value is not False
+
+
+def _qwen_video(fields: Mapping[str, Any], third: bool, image: ImageRule) -> VideoRule:
     """Sampling and sizes of videos: what the file says, else what the published files of the family say.
 
     Repositories of Qwen2-VL and Qwen2.5-VL have no such file; the limits are then those of the authors' own reader, 128 to 768
     tokens per frame. `do_sample_frames` is not followed: who gives no rate gets all frames.
     """
-    least, most = _areas(fields)
+    least, most = _areas({"size": fields.get("size")} if third else fields)
+    if fields:
+        given = {
+            "patch_size": fields.get("patch_size"),
+            "merge_size": fields.get("merge_size"),
+            "frames_per_patch": fields.get("temporal_patch_size"),
+        }
+        for name, value in given.items():
+            if value not in (None, getattr(image, name)):
+                raise ConfigError(
+                    f"{name} is {value!r} for videos and {getattr(image, name)!r} for images; they must agree"
+                )
+    filter = _resample(fields) if fields else image.resample
+    if filter == "lanczos":
+        raise ConfigError("resample is 1 (lanczos), which torch, the resampler of this family, has not")
+    mean, std = _statistics(fields, fields.get("image_mean") or image.mean, fields.get("image_std") or image.std)
     cap = fields.get("cap_pixels_per_frame") is True
     tokens = fields.get("max_video_tokens")
     shared: dict[str, Any] = {
         "fps": float(fields["fps"]) if isinstance(fields.get("fps"), (int, float)) else 2.0,
         "min_frames": fields.get("min_frames", 4),
         "max_frames": fields.get("max_frames", 768),
+        "mean": None if mean in (image.mean, list(image.mean)) else mean,
+        "std": None if std in (image.std, list(image.std)) else std,
+        "resample": None if filter == image.resample else filter,
     }
     if third:
         return VideoRule(
@@ -250,11 +365,12 @@ def _qwen_video(fields: Mapping[str, Any], third: bool) -> VideoRule:
 
 
 def _areas(fields: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Least and most pixels; fields of that name go before those of the size, as in transformers."""
     size = fields.get("size")
     edges = size if isinstance(size, Mapping) else {}
     return (
-        edges.get("shortest_edge") or edges.get("min_pixels") or fields.get("min_pixels"),
-        edges.get("longest_edge") or edges.get("max_pixels") or fields.get("max_pixels"),
+        fields.get("min_pixels") or edges.get("shortest_edge") or edges.get("min_pixels"),
+        fields.get("max_pixels") or edges.get("longest_edge") or edges.get("max_pixels"),
     )
 
 

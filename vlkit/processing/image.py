@@ -36,10 +36,12 @@ class Canvases(NamedTuple):
     Attributes:
         frames: uint8 [H, W, 3] each.
         plan: How they came to their size.
+        rule: Says their mean and std.
     """
 
     frames: list[np.ndarray]
     plan: ResizePlan
+    rule: ImageRule
 
 
 def prepare_image(source: Any, rule: ImageRule, reading: ReadRule | None = None, *, name: str = "image") -> Canvases:
@@ -53,7 +55,7 @@ def prepare_image(source: Any, rule: ImageRule, reading: ReadRule | None = None,
         plan = rule.target_size(image.height, image.width)
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
-    return Canvases([on_canvas(image, plan, rule)], plan)
+    return Canvases([on_canvas(image, plan, rule)], plan, rule)
 
 
 def pack_images(images: Sequence[Any], rule: ImageRule | None = None, reading: ReadRule | None = None) -> Packed:
@@ -84,7 +86,7 @@ def pack_canvases(items: Sequence[Canvases], rule: ImageRule) -> Packed:
     patches = torch.from_numpy(np.empty((layout.num_tokens, rule.patch_dim), dtype=np.float32))
     for item, out in zip(items, patches.split(list(layout.lengths)), strict=True):
         for step, place in enumerate(out.split(item.plan.grid[0] * item.plan.grid[1])):
-            _write_step(item.frames[step * size : (step + 1) * size], item.plan.grid, rule, place)
+            _write_step(item.frames[step * size : (step + 1) * size], item.plan.grid, item.rule, place)
     return Packed(patches, layout)
 
 

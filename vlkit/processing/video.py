@@ -71,7 +71,9 @@ def prepare_video(
         frames = opened.read(samples.indices)
         first = next(frames)
         plan = video.target_size(len(samples.indices), first.height, first.width, image)
-        return Canvases([on_canvas(frame, plan, image) for frame in chain([first], frames)], plan), samples
+        own = {name: getattr(video, name) or getattr(image, name) for name in ("mean", "std", "resample")}
+        rule = image.replace(**own)
+        return Canvases([on_canvas(frame, plan, rule) for frame in chain([first], frames)], plan, rule), samples
     except VlkitError as error:
         text = str(error)
         raise VideoError(text if text.startswith(name) else f"{name}: {text}") from error

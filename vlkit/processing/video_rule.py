@@ -32,7 +32,7 @@ class Samples(NamedTuple):
 
 
 class VideoRule(Config):
-    """How a video becomes frames. Patch size, merge size, statistics and filter are those of the image rule.
+    """How a video becomes frames. Patch and merge size are those of the image rule.
 
     Attributes:
         fps: Frames taken per second of video; None takes all.
@@ -47,6 +47,9 @@ class VideoRule(Config):
         total_pixels: With a budget per frame: bound of all frames together in pixels, or None. It counts a patch of
             several frames once, and gives way to 1.05 * min_pixels.
         frame_pixels: With a budget of the video: bound of each frame in pixels, or None; gives way likewise.
+        mean: Statistics of frames where they differ from those of images, else None.
+        std: The same.
+        resample: Filter of the resize where it differs from that of images, else None.
         max_source_frames: Videos of more frames are refused before they are decoded.
     """
 
@@ -60,6 +63,9 @@ class VideoRule(Config):
     budget: Literal["frame", "video"] = "frame"
     total_pixels: Size | None = None
     frame_pixels: Size | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[Positive, Positive, Positive] | None = None
+    resample: Literal["bicubic", "bilinear", "lanczos"] | None = None
     max_source_frames: Annotated[int, AtLeast(1)] = 500_000
 
     def check(self) -> None:
