@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 import vlkit
@@ -110,8 +111,6 @@ def test_generate_of_the_same_question_is_the_same_answer(tmp_path: Path) -> Non
     model = vlkit.create_model("moonvit-qwen3-tiny")
     model.save_pretrained(tmp_path)
     vlkit.create_processor(model).save_pretrained(tmp_path)
-    from PIL import Image
-
     Image.new("RGB", (30, 20), "teal").save(tmp_path / "teal.png")
     arguments = (
         "generate",
@@ -140,3 +139,23 @@ def test_a_size_that_is_none_is_refused(size: str) -> None:
     done = CliRunner().invoke(app, ["info", "kimi-vl-tiny", f"--image={size}"])
     assert done.exit_code == 2
     assert "is not a size" in done.output
+
+
+def test_a_registered_name_is_told_from_a_folder() -> None:
+    with pytest.raises(VlkitError, match="is a registered model"):
+        _run("generate", "qwen3-vl-tiny", "--prompt", "hi")
+
+
+def test_generate_takes_videos_and_the_thinking_switch(tmp_path: Path) -> None:
+    (tmp_path / "frames").mkdir()
+    for index in range(3):
+        Image.new("RGB", (64, 64), (80 * index, 0, 0)).save(tmp_path / "frames" / f"{index}.png")
+    for name in ("qwen2-vl-tiny", "andesvl-tiny"):
+        vlkit.create_model(name).save_pretrained(tmp_path / name)
+        vlkit.create_processor(name).save_pretrained(tmp_path / name)
+    seen = ("--video", str(tmp_path / "frames"), "--prompt", "hi", "--max-new-tokens", "2")
+    assert _run("generate", str(tmp_path / "qwen2-vl-tiny"), *seen).exit_code == 0
+    with pytest.raises(VlkitError, match="no videos"):
+        _run("generate", str(tmp_path / "andesvl-tiny"), *seen)
+    thinks = ("--thinking", "--prompt", "hi", "--max-new-tokens", "2")
+    assert _run("generate", str(tmp_path / "andesvl-tiny"), *thinks).exit_code == 0

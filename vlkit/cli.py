@@ -121,8 +121,8 @@ def generate(
     """Ask a model about pictures and videos and print its answer."""
     import vlkit
 
-    processor = vlkit.Processor.from_pretrained(model, revision=revision)
     network = vlkit.from_pretrained(model, revision=revision, device=_checked_device(device))
+    processor = vlkit.Processor.from_pretrained(model, revision=revision)
     content = [{"type": "image", "image": str(path)} for path in image or []]
     content += [{"type": "video", "video": str(path)} for path in video or []]
     if prompt:
