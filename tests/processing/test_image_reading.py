@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import io
 import warnings
 from pathlib import Path
@@ -44,6 +45,60 @@ def test_path_bytes_pil_array_and_tensor_are_the_same_image(tmp_path: Path) -> N
         read = read_image(source)
         assert read.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(read), expected)
+
+
+def test_what_other_libraries_pass_around_is_the_same_image(tmp_path: Path) -> None:
+    content = encoded(gradient())
+    (tmp_path / "a.png").write_bytes(content)
+    address = "data:image/png;base64," + base64.b64encode(content).decode()
+    expected = np.asarray(gradient())
+
+    with (tmp_path / "a.png").open("rb") as file:
+        for source in (
+            io.BytesIO(content),
+            file,
+            address,
+            address.replace("data:", "DATA:"),
+            f"file://{tmp_path}/a.png",
+            {"bytes": content, "path": None},
+            {"bytes": content, "path": "gone.png"},
+            {"bytes": None, "path": str(tmp_path / "a.png")},
+        ):
+            np.testing.assert_array_equal(np.asarray(read_image(source)), expected)
+
+
+@pytest.mark.parametrize(
+    ("source", "match"),
+    [
+        ("data:image/png,abc", "must be 'data:<type>;base64,<characters>'"),
+        ("data:image/png;base64,a*c=", "image 3: the data: address is damaged"),
+        ("data:image/png;base64," + "AAAA" * 400, "more than 999 bytes.*ReadRule.max_source_bytes"),
+        (io.BytesIO(bytes(1000)), "more than 999 bytes"),
+        (io.StringIO("abc"), "reading gives str; open the file in mode 'rb'"),
+        (
+            {"bytes": b"", "path": "a", "label": 1},
+            "expected {'bytes': ..., 'path': ...}, found 'bytes', 'path', 'label'",
+        ),
+        ({"bytes": None, "path": None}, "neither 'bytes' nor 'path'"),
+        ({"path": "https://example.org/a.png"}, "is an address; fetch it first"),
+    ],
+)
+def test_sources_that_hold_no_image_are_refused(source: object, match: str) -> None:
+    with pytest.raises(ImageError, match=match):
+        read_image(source, ReadRule(max_source_bytes=999), name="image 3")
+
+
+def test_an_integer_image_that_can_be_8_or_16_bit_is_refused() -> None:
+    """The array of the same numbers is 8 bit; read as 16 the image would be black."""
+    image = gradient().convert("I")
+
+    with pytest.raises(ImageError, match=r"mode 'I' with values up to 2\d\d can be 8 bit or a dark image of 16"):
+        read_image(image)
+
+    grey = np.asarray(gradient().convert("L"))
+    np.testing.assert_array_equal(np.asarray(read_image(image.convert("L")))[..., 0], grey)
+    assert np.asarray(read_image(image.convert("I;16"))).max() == 1
+    assert np.asarray(read_image(Image.new("I", (2, 2)))).max() == 0
 
 
 def test_transparent_pixels_show_the_background_not_their_hidden_colour() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import io
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -20,6 +22,7 @@ from vlkit.errors import (
     SequenceTooLongError,
     TemplateError,
     VideoError,
+    VlkitError,
 )
 from vlkit.processing import (
     CHAT_FORMATS,
@@ -67,6 +70,66 @@ def test_the_patches_are_those_of_the_images_in_order() -> None:
 
     assert batch.patches is not None
     assert torch.equal(batch.patches.tokens, pack_images([first, second], PROCESSOR.config.image).tokens)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        lambda path, url: {"type": "image_url", "image_url": {"url": url}},
+        lambda path, url: {"type": "image_url", "image_url": {"url": url, "detail": "auto"}},
+        lambda path, url: {"type": "image_url", "image_url": url},
+        lambda path, url: {"type": "image", "url": url},
+        lambda path, url: {"type": "image", "path": path},
+        lambda path, url: {"type": "image", "image": {"bytes": None, "path": path}},
+        lambda path, url: {"type": "image", "image": f"file://{path}"},
+    ],
+)
+def test_images_are_found_under_the_names_of_other_libraries(named: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    picture(5, 9).save(path)
+    url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    part = named(str(path), url)
+
+    for processor in (PROCESSOR, Processor(PROCESSOR.config.replace(template=TEMPLATE))):
+        batch = processor([{"role": "user", "content": [part, {"type": "text", "text": "?"}]}])
+        expected = processor([question("?", picture(5, 9))])
+
+        assert batch.ids.tokens.tolist() == expected.ids.tokens.tolist()
+        assert torch.equal(batch.patches.tokens, expected.patches.tokens)
+
+
+def test_videos_are_found_likewise(tmp_path: Path) -> None:
+    frames = [picture(20, 31, seed) for seed in range(4)]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], duration=500, lossless=True)
+    content = (tmp_path / "a.webp").read_bytes()
+    url = "data:image/webp;base64," + base64.b64encode(content).decode()
+
+    expected = VIDEOS([{"role": "user", "content": [{"type": "video", "video": content}]}])
+    for part in (
+        {"type": "video_url", "video_url": {"url": url}},
+        {"type": "video", "path": str(tmp_path / "a.webp")},
+        {"type": "video", "video": io.BytesIO(content)},
+    ):
+        batch = VIDEOS([{"role": "user", "content": [part]}])
+        assert torch.equal(batch.patches.tokens, expected.patches.tokens)
+
+
+@pytest.mark.parametrize(
+    ("part", "match"),
+    [
+        ({"type": "image_url", "image_url": {"url": "https://a.b/c.png"}}, "is an address; fetch it first"),
+        ({"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}, "expected {'bytes': ..., 'path': ...}"),
+        ({"type": "image_url", "image_url": {}}, "parts hold no image"),
+        ({"type": "image", "path": "a.png", "url": "b.png"}, "unknown key 'path'"),
+        ({"type": "image", "image": "a.png", "path": "b.png"}, "unknown key 'path'"),
+        ({"type": "image", "video_url": "b.png"}, "unknown key 'video_url'"),
+        ({"type": "image_url"}, "type 'image_url' is not one of"),
+        ({"type": "image", "path": "a.png", "min_pixels": 3}, "unknown key 'min_pixels'"),
+    ],
+)
+def test_other_names_are_refused_where_they_say_something_else(part: Any, match: str) -> None:
+    with pytest.raises(VlkitError, match=match):
+        PROCESSOR([{"role": "user", "content": [part]}])
 
 
 def test_several_conversations_are_packed_as_each_alone() -> None:

@@ -88,6 +88,37 @@ class Seen(NamedTuple):
     times: tuple[float, ...] = ()
 
 
+def usual_parts(messages: Any) -> Any:
+    """The conversation with images and videos under one name each, whatever the data set calls them.
+
+    {"type": "image_url", "image_url": "..." or {"url": "..."}} and {"type": "image", "path" or "url": "..."} become
+    {"type": "image", "image": "..."}; videos likewise. What is malformed stays for `check_messages`.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+        return messages
+    return [
+        {**message, "content": [_usual_part(part) for part in message["content"]]}
+        if isinstance(message, Mapping) and isinstance(message.get("content"), (list, tuple))
+        else message
+        for message in messages
+    ]
+
+
+def _usual_part(part: Any) -> Any:
+    kind = str(part.get("type")).removesuffix("_url") if isinstance(part, Mapping) else None
+    if kind not in ("image", "video"):
+        return part
+    names = (f"{kind}_url", "path", "url")
+    usual = {key: value for key, value in part.items() if key not in names}
+    sources = [part[key] for key in names if part.get(key) is not None]
+    if len(sources) != 1 or usual.get(kind) is not None:
+        return part
+    source = sources[0]
+    if isinstance(source, Mapping) and set(source) <= {"url", "detail"} and source.get("detail") in (None, "auto"):
+        source = source.get("url")
+    return {**usual, "type": kind, kind: source}
+
+
 def check_messages(messages: Sequence[Message], format: ChatFormat | None = None) -> list[Visual]:
     """Refuse a conversation that would be misread.
 

@@ -5,9 +5,11 @@ file --limits, decode--> PIL --first frame, upright, 16 bit to 8, transparency c
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +31,7 @@ class ReadRule(Config):
     Attributes:
         formats: File formats that may be opened, by their Pillow names.
         max_source_pixels: Larger files are refused before they are decoded.
+        max_source_bytes: The same for data: addresses and open files, before they are read whole.
         upright: Whether the EXIF orientation is applied.
         background: What shows through transparent pixels.
         array_layout: Axis order of 3-D arrays and tensors. "auto" takes the end that has 1, 3 or 4 entries, and refuses
@@ -37,6 +40,7 @@ class ReadRule(Config):
 
     formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
     max_source_pixels: Size = 89_478_485
+    max_source_bytes: Size = 2**28
     upright: bool = True
     background: tuple[Level, Level, Level] = (255, 255, 255)
     array_layout: Literal["auto", "chw", "hwc"] = "auto"
@@ -49,7 +53,8 @@ def read_image(source: Any, rule: ReadRule | None = None, *, name: str = "image"
     Animations give their first frame, with a warning.
 
     Args:
-        source: A path, the bytes of a file, a PIL image, an array or a tensor [h, w], [h, w, c] or [c, h, w].
+        source: A path, the bytes of a file, an open file, a data: address, {"bytes": ..., "path": ...} as data sets of
+            Hugging Face have it, a PIL image, an array or a tensor [h, w], [h, w, c] or [c, h, w].
         name: What the errors call it, such as "image 3".
 
     Raises:
@@ -57,13 +62,11 @@ def read_image(source: Any, rule: ReadRule | None = None, *, name: str = "image"
             values out of range, or its axes are ambiguous.
     """
     rule = rule or ReadRule()
-    if isinstance(source, (str, os.PathLike)):
-        path = os.fspath(source)
-        if str(path).startswith(("http://", "https://", "data:")):
-            raise ImageError(f"{name}: {str(path)[:60]!r} is an address; fetch it first and give the bytes or a file")
-        name = f"{name} ({str(path)!r})"
+    source = path_or_bytes(source, rule, name)
+    if isinstance(source, Path):
+        name = f"{name} ({str(source)!r})"
         try:
-            source = Path(str(path)).read_bytes()
+            source = source.read_bytes()
         except (OSError, ValueError) as error:
             raise ImageError(f"{name}: cannot be read: {error}") from error
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -76,9 +79,60 @@ def read_image(source: Any, rule: ReadRule | None = None, *, name: str = "image"
     if isinstance(source, np.ndarray):
         return _from_array(source, rule, name)
     raise ImageError(
-        f"{name}: expected a path, bytes, a PIL image, an array or a tensor, found {type(source).__module__}."
+        f"{name}: expected a path, bytes, an open file, a PIL image, an array or a tensor, found {type(source).__module__}."
         f"{type(source).__qualname__}"
     )
+
+
+def path_or_bytes(source: Any, rule: ReadRule, name: str) -> Any:
+    """The path or the bytes that a source means; what is neither stays as it is. Nothing is fetched.
+
+    Raises:
+        ImageError: An address of the network, a malformed data: address, too many bytes, or a file opened as text.
+    """
+    if isinstance(source, Mapping):
+        if not source or set(source) - {"bytes", "path"}:
+            raise ImageError(f"{name}: expected {{'bytes': ..., 'path': ...}}, found {', '.join(map(repr, source))}")
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+        if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+            raise ImageError(f"{name}: neither 'bytes' nor 'path' holds something to read")
+    if isinstance(source, (str, os.PathLike)):
+        path = os.fsdecode(source)
+        if path[:5].lower() == "data:":
+            return _from_data_address(path, rule, name)
+        if path[:8].lower().startswith(("http://", "https://")):
+            raise ImageError(f"{name}: {path[:60]!r} is an address; fetch it first and give the bytes or a file")
+        return Path(path.removeprefix("file://"))
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if callable(getattr(source, "read", None)) and not isinstance(source, (Image.Image, np.ndarray, torch.Tensor)):
+        try:
+            content = source.read(rule.max_source_bytes + 1)
+        except (OSError, ValueError) as error:  # closed, for example
+            raise ImageError(f"{name}: cannot be read: {error}") from error
+        if not isinstance(content, bytes):
+            raise ImageError(f"{name}: reading gives {type(content).__name__}; open the file in mode 'rb'")
+        _check_bytes(len(content), rule, name)
+        return content
+    return source
+
+
+def _from_data_address(address: str, rule: ReadRule, name: str) -> bytes:
+    head, comma, body = address.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise ImageError(f"{name}: a data: address must be 'data:<type>;base64,<characters>', found {address[:40]!r}")
+    _check_bytes(len(body) // 4 * 3, rule, name)
+    try:
+        return base64.b64decode(body, validate=True)
+    except ValueError as error:
+        raise ImageError(f"{name}: the data: address is damaged: {error}") from error
+
+
+def _check_bytes(count: int, rule: ReadRule, name: str) -> None:
+    if count > rule.max_source_bytes:
+        raise ImageError(
+            f"{name}: more than {rule.max_source_bytes} bytes. If you trust it, raise ReadRule.max_source_bytes"
+        )
 
 
 def open_image(content: bytes, rule: ReadRule, name: str) -> Image.Image:
@@ -124,6 +178,11 @@ def _from_pil(image: Image.Image, rule: ReadRule, name: str) -> Image.Image:
     if image.mode.startswith("I;16"):
         return _grey_to_rgb(np.asarray(image).astype(np.float32) / 257)
     if image.mode == "I":
+        if image.format != "PNG" and 0 < np.asarray(image).max() <= 255:  # PNG has 16 bits, never 32
+            raise ImageError(
+                f"{name}: mode 'I' with values up to {np.asarray(image).max()} can be 8 bit or a dark image of 16; "
+                f"give image.convert('L') or image.convert('I;16')"
+            )
         return _from_array(_within(np.asarray(image), 0, 65535, name).astype(np.uint16), rule, name)
     if image.mode == "F":
         return _from_array(np.asarray(image), rule, name)

@@ -38,6 +38,7 @@ from vlkit.processing.chat import (
     check_messages,
     encode_pieces,
     fill_slots,
+    usual_parts,
 )
 from vlkit.processing.image import Canvases, pack_canvases, prepare_image
 from vlkit.processing.processor_config import ProcessorConfig
@@ -211,6 +212,7 @@ class Processor:
         options: _Options,
     ) -> _Draft:
         chat = self._chat
+        messages = usual_parts(messages)
         visuals = _filled(check_messages(messages, chat if self._template is None else None), images, videos)
         pieces = self._pieces(messages, options)
         if answer_prefix:

@@ -8,7 +8,6 @@ FFmpeg is never left to guess a format: playlists and the like, which make it op
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -20,7 +19,7 @@ import torch
 from PIL import Image
 
 from vlkit.errors import ImageError, MissingDependencyError, VideoError, VlkitError
-from vlkit.processing.image_reading import ReadRule, open_image, read_image
+from vlkit.processing.image_reading import ReadRule, open_image, path_or_bytes, read_image
 
 
 class VideoSource(NamedTuple):
@@ -44,8 +43,8 @@ def open_video(
 
     Args:
         source: A list of what `read_image` takes, an array or tensor [frames, h, w, c] or [frames, c, h, w], a folder of images
-            (in the order of their names, numbers counted as numbers), an animated image, or the path or bytes of an
-            MP4, MOV, WebM, MKV or AVI file (these need PyAV).
+            (in the order of their names, numbers counted as numbers), an animated image, or an MP4, MOV, WebM, MKV or
+            AVI file (these need PyAV) as `read_image` takes files.
         fps: Frames per second, if the source does not say or is not to be believed.
         rule: What is accepted, per frame.
         name: What the errors call it.
@@ -56,15 +55,16 @@ def open_video(
         MissingDependencyError: A video file without PyAV.
     """
     rule = rule or ReadRule()
-    if isinstance(source, (str, os.PathLike)):
-        path = os.fspath(source)
-        if str(path).startswith(("http://", "https://", "data:")):
-            raise VideoError(f"{name}: {str(path)[:60]!r} is an address; fetch it first and give the bytes or a file")
-        name, source = f"{name} ({str(path)!r})", Path(str(path))
+    try:
+        source = path_or_bytes(source, rule, name)
+    except ImageError as error:
+        raise VideoError(str(error)) from error
+    if isinstance(source, Path):
+        name = f"{name} ({str(source)!r})"
         if source.is_dir():
             source = _files(source, rule)
-    if isinstance(source, (Path, bytes, bytearray, memoryview)):
-        return _from_file(source if isinstance(source, Path) else bytes(source), fps, rule, name)
+    if isinstance(source, (Path, bytes)):
+        return _from_file(source, fps, rule, name)
     if isinstance(source, Image.Image):
         return _from_animation(source, fps, rule, name)
     if isinstance(source, (np.ndarray, torch.Tensor)) and source.ndim == 4:
