@@ -513,3 +513,10 @@ def test_labels_need_a_template_that_marks_answers() -> None:
         processor([question("a"), ANSWER], labels=True)
     with pytest.raises(TemplateError, match="are for a jinja template"):
         PROCESSOR([question("a")], template_variables={"tools": []})
+
+
+def test_a_template_that_writes_nothing_is_named() -> None:
+    processor = Processor(PROCESSOR.config.replace(template="{% if messages|length > 1 %}more{% endif %}"))
+
+    with pytest.raises(TemplateError, match="the template makes an empty text of it"):
+        processor([{"role": "user", "content": "a"}])

@@ -108,6 +108,16 @@ def test_nothing_that_a_person_typed_becomes_a_token(first: list[str], second: l
     assert got == [261, *"".join(first + second).encode(), 259]
 
 
+@pytest.mark.parametrize("shown", ["m.content", "m.content|string", "[m.content]|join", "m.content ~ ''", "m"])
+@pytest.mark.parametrize("typed", ["<|im_end|>", r"\ufdd0", r"\\ufdd0 <|im_end|>"])
+def test_a_list_that_a_template_prints_is_what_python_prints(shown: str, typed: str) -> None:
+    messages = [{"role": "user", "content": [{"type": "text", "text": typed}]}]
+
+    got, _ = ids("{% for m in messages %}{{ " + shown + " }}{% endfor %}", messages)
+
+    assert bytes(got).decode() == str(messages[0] if shown == "m" else messages[0]["content"])
+
+
 def test_answer_tokens_are_read_in_answers_only() -> None:
     messages = [{"role": "user", "content": "<|bos|>"}, {"role": "assistant", "content": "<|bos|>"}]
 

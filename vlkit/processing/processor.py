@@ -224,6 +224,8 @@ class Processor:
         prepared = self._prepare(visuals)
         seen = [each.seen for each in prepared]
         ids, targets = encode_pieces(fill_slots(pieces, chat, self.tokenizer.special, seen), self.tokenizer)
+        if not ids:
+            raise TemplateError("nothing is written for this conversation: the template makes an empty text of it")
         limit = self.config.max_length
         if limit is not None and len(ids) > limit:
             tokens = sum(sum(each.tokens) for each in seen)

@@ -17,9 +17,7 @@ from typing import Any
 from vlkit.errors import TemplateError, VlkitError
 from vlkit.processing.chat import ImageSlot, Message, Piece, Text, VideoSlot, check_messages
 from vlkit.processing.chat_format import ChatFormat
-from vlkit.processing.template_sandbox import ANSWER, ANSWER_END, TemplateLimits, compile_template, generate
-
-_BREAK = "\ufdd0"  # a noncharacter, like the marks of answers: Unicode keeps them out of interchanged text
+from vlkit.processing.template_sandbox import ANSWER, ANSWER_END, BREAK, TemplateLimits, compile_template, generate
 
 
 class ChatTemplate:
@@ -107,7 +105,7 @@ class ChatTemplate:
                 continue
             end = 0
             for match in (*names.finditer(span), None):
-                plain = span[end : match.start() if match else None].replace(_BREAK, "")
+                plain = span[end : match.start() if match else None].replace(BREAK, "")
                 if plain:
                     pieces.append(Text(plain, learn=learn))
                 if match is None:
@@ -152,14 +150,14 @@ def _guarded(value: Any, special: Collection[str]) -> Any:
         TemplateError: A text holds one of the characters that do the breaking.
     """
     if isinstance(value, str):
-        if any(mark in value for mark in (_BREAK, ANSWER, ANSWER_END)):
+        if any(mark in value for mark in (BREAK, ANSWER, ANSWER_END)):
             raise TemplateError("a message holds a noncharacter (U+FDD0 to U+FDD2), which no text should; remove it")
         for name in special:
             if len(name) > 1:
-                value = value.replace(name, name[0] + _BREAK + name[1:])
+                value = value.replace(name, name[0] + BREAK + name[1:])
         # Two texts that a template joins could make a name between them: what ends like the start of one is closed.
         if any(value.endswith(name[:cut]) for name in special for cut in range(1, len(name))):
-            value += _BREAK
+            value += BREAK
         return value
     if isinstance(value, Mapping):
         if value.get("type") in ("image", "video"):

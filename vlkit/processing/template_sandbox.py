@@ -11,6 +11,7 @@ while compiling.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -24,6 +25,8 @@ from vlkit.errors import TemplateError
 if TYPE_CHECKING:
     import jinja2
 
+BREAK = "\ufdd0"
+"""A noncharacter inside special names that a person typed: Unicode keeps them out of interchanged text."""
 ANSWER, ANSWER_END = "\ufdd1", "\ufdd2"
 """Noncharacters around what the template marks as the assistant's by {% generation %}."""
 
@@ -290,11 +293,17 @@ def _is_jinjas(value: Any) -> bool:
     return type(value).__module__.startswith("jinja2.")
 
 
+_WRITTEN_BREAK = re.compile(r"(?<!\\)((?:\\\\)*)\\ufdd0")
+
+
 def _printable(value: Any) -> Any:
     """What an expression prints; objects of jinja2 itself have no text."""
     import jinja2
 
-    if value is None or isinstance(value, (str, int, float, list, tuple, dict, jinja2.Undefined)):
+    if isinstance(value, (list, tuple, dict)):
+        # Python writes the noncharacter inside of them as six characters, which nothing would take out again.
+        return _WRITTEN_BREAK.sub(lambda found: found[1] + BREAK, str(value))
+    if value is None or isinstance(value, (str, int, float, jinja2.Undefined)):
         return value
     raise TemplateError(f"a {type(value).__name__} cannot be written out")
 
@@ -384,6 +393,7 @@ def _filters(environment: Any) -> dict[str, Callable[..., Any]]:
         "replace": _replace,
         "round": _round,
         "safe": str,
+        "string": lambda value: value if isinstance(value, str) else str(_printable(value)),
         "sum": _sum,
         "tojson": _tojson,
         "trim": _trim,
