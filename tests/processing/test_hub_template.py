@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,17 @@ def test_a_template_that_cannot_be_used_is_said_not_to_be(template: str, reason:
 
     assert config.template is None
     assert config.chat == CHAT_FORMATS["chatml"]
+
+
+def test_a_template_that_runs_on_does_so_for_seconds_at_most(tmp_path: Path) -> None:
+    """All but a lone question is endless; each probe alone would be within its limit."""
+    spin = "{% if messages|length > 1 %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    begin = time.monotonic()
+
+    with pytest.warns(UserWarning, match=r"conversations of a few words take more than 2\.0 s\. The template is not"):
+        processor_config(folder(tmp_path, "qwen3-vl-2b", spin + "{% endif %}" + qwen3_vl()))
+
+    assert time.monotonic() - begin < 10  # 4 seconds where the machine is idle; 16 without a bound
 
 
 def test_a_template_for_texts_alone_is_no_processors(tmp_path: Path) -> None:

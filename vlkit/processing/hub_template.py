@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +39,7 @@ def with_template(config: ProcessorConfig, folder: Path) -> ProcessorConfig:
     try:
         template = ChatTemplate(source, name=str(path))
         _try(template, config.chat)
+        written = _renderings(template, config.chat)
     except TemplateError as error:
         warnings.warn(
             f"{error}. The template is not used: conversations are written in the family's own format. To use another, "
@@ -44,17 +47,16 @@ def with_template(config: ProcessorConfig, folder: Path) -> ProcessorConfig:
             stacklevel=2,
         )
         return config
-    if config.chat == CHAT_FORMATS["andesvl"] and not _difference(template, CHAT_FORMATS["qwen3"], _TEXT_PROBES):
+    if config.chat == CHAT_FORMATS["andesvl"] and not _difference(written, CHAT_FORMATS["qwen3"], _TEXT_PROBES):
         return config  # published with Qwen3's own template, which its code never uses
+    formats = [config.chat]
     for siblings in (("kimi", "kimi-thinking"), ("qwen3-vl", "qwen3-vl-thinking")):
-        formats = [CHAT_FORMATS[name] for name in siblings]
-        if config.chat in formats:
-            for chat in (config.chat, *formats):
-                if not _difference(template, chat, _PROBES):
-                    return config.replace(chat=chat)
-    difference = _difference(template, config.chat, _PROBES)
-    if not difference:
-        return config
+        named = [CHAT_FORMATS[name] for name in siblings]
+        formats += named if config.chat in named else []
+    for chat in formats:
+        if not _difference(written, chat, _PROBES):
+            return config.replace(chat=chat)
+    difference = _difference(written, config.chat, _PROBES)
     if path.name == TOKENIZER_FILE and difference.startswith(_PLACES):
         return config  # for texts alone; a processor has another
     warnings.warn(
@@ -153,21 +155,40 @@ _PROBES = {
 _PLACES = "the places of "
 
 
-def _difference(template: ChatTemplate, chat: ChatFormat, probes: Mapping[str, _Probe]) -> str:
-    """What the template first writes otherwise than the format; empty where they agree on all."""
-    known = {"text": True, "image": True, "video": chat.video_token is not None, "tools": chat.tools}
+def _renderings(template: ChatTemplate, chat: ChatFormat) -> dict[str, list[Piece]]:
+    """What the template writes of every probe; nothing where it raises.
+
+    Raises:
+        TemplateError: All together take longer than two conversations may.
+    """
+    end = time.monotonic() + 2 * template.limits.seconds
+    written: dict[str, list[Piece]] = {}
+    for name, probe in _PROBES.items():
+        if time.monotonic() > end:
+            raise TemplateError(
+                f"{template.name}: conversations of a few words take more than {template.limits.seconds} s"
+            )
+        if _known(probe, chat):
+            with suppress(TemplateError):  # such as a template that refuses system messages
+                written[name] = _render(template, chat, probe)
+    return written
+
+
+def _known(probe: _Probe, chat: ChatFormat) -> bool:
+    return {"video": chat.video_token is not None, "tools": chat.tools}.get(probe.kind, True)
+
+
+def _difference(written: Mapping[str, list[Piece]], chat: ChatFormat, probes: Mapping[str, _Probe]) -> str:
+    """What was first written otherwise than the format writes it; empty where they agree on all."""
     different = ""
     for name, probe in probes.items():
-        if not known[probe.kind]:
+        if not _known(probe, chat):
             continue
         expected = chat_pieces(probe.messages, chat, add_generation_prompt=probe.prompt, tools=probe.tools)
-        try:
-            written = _render(template, chat, probe)
-        except TemplateError:  # such as a template that refuses system messages
-            written = []
-        if _slots(written) != _slots(expected):
+        pieces = written.get(name, [])
+        if _slots(pieces) != _slots(expected):
             return f"{_PLACES}{name}"
-        if not different and _joined(written) != _joined(expected):
+        if not different and _joined(pieces) != _joined(expected):
             different = name
     return different
 
