@@ -12,8 +12,22 @@ from safetensors.torch import load_file
 
 from vlkit.errors import ConfigError, KeyMismatchError
 from vlkit.hub.pretrained import save_weights
-from vlkit.llm import Decoder, build_llama, build_moonlight, build_qwen2, build_qwen3, llama, moonlight, qwen2, qwen3
-from vlkit.llm.starting_points import load_decoder
+from vlkit.llm import (
+    Decoder,
+    QwenConfig,
+    build_llama,
+    build_moonlight,
+    build_qwen,
+    build_qwen2,
+    build_qwen3,
+    decoder_config,
+    llama,
+    load_decoder,
+    moonlight,
+    qwen,
+    qwen2,
+    qwen3,
+)
 from vlkit.packing import Layout, Packed
 from vlkit.registry import component
 
@@ -39,8 +53,9 @@ def hub_fields(config: Any) -> dict[str, Any]:
         "vocab_size": "vocab_size", "dim": "hidden_size", "mlp_dim": "intermediate_size", "num_layers": "num_hidden_layers",
         "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
         "max_positions": "max_position_embeddings", "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings",
-        "expert_dim": "moe_intermediate_size", "top_k": "num_experts_per_tok", "normalize": "norm_topk_prob",
     }  # fmt: skip
+    if getattr(config, "num_experts", 0):
+        names |= {"expert_dim": "moe_intermediate_size", "top_k": "num_experts_per_tok", "normalize": "norm_topk_prob"}
     fields = {theirs: getattr(config, ours) for ours, theirs in names.items() if hasattr(config, ours)}
     fields |= {"rope_theta": config.theta, "experts_implementation": "eager", "attn_implementation": "eager"}
     if isinstance(config, moonlight.MoonlightConfig):
@@ -52,7 +67,7 @@ def hub_fields(config: Any) -> dict[str, Any]:
             "topk_group": config.top_groups, "routed_scaling_factor": config.routed_scale, "rope_scaling": None,
             "attention_bias": False, "head_dim": config.rope_dim,
         }  # fmt: skip
-    elif hasattr(config, "num_experts"):
+    elif getattr(config, "num_experts", 0):
         fields |= {"num_experts": config.num_experts, "mlp_only_layers": [], "decoder_sparse_step": 1}
     return fields
 
@@ -86,19 +101,139 @@ def test_a_saved_language_model_fills_a_decoder(kind: str, tmp_path: Path) -> No
     assert torch.equal(again(input_ids=ids[None, :7]).logits, theirs(input_ids=ids[None, :7]).logits)
 
 
-def test_what_no_shape_shows_is_compared(tmp_path: Path) -> None:
-    config: Any = component("llm", "llama-tiny").configs["llama-tiny"]
-    decoder = build_llama(config)
-    save_weights(decoder, tmp_path, llama.keys(config))
-    for name, value in (("rope_theta", 123.0), ("rms_norm_eps", 0.5)):
-        (tmp_path / "config.json").write_text(json.dumps({name: value}))
-        with pytest.raises(ConfigError, match=f"{name} is {value}"):
-            load_decoder(decoder, tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"rope_parameters": {"rope_theta": 123.0}}))
-    with pytest.raises(ConfigError, match="rope_theta is 123"):
+def saved(kind: str, folder: Path, **changes: Any) -> tuple[Any, dict[str, Any]]:
+    """Our config, and the config.json that transformers writes for it, with some fields changed, beside such weights."""
+    name, build, keys, config_class, _ = TINY[kind]
+    config: Any = component("llm", name).configs[name]
+    config_class(**hub_fields(config)).save_pretrained(folder)
+    values = {**json.loads((folder / "config.json").read_text()), "model_type": config_class.model_type, **changes}
+    (folder / "config.json").write_text(json.dumps(values))
+    save_weights(build(config), folder, keys(config))
+    return config, values
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_the_config_of_a_decoder_is_read_from_the_folder(kind: str, tmp_path: Path) -> None:
+    config, _ = saved(kind, tmp_path)
+    theirs = decoder_config(tmp_path)
+    unread = {"mlp_dim": config.mlp_dim} if kind == "qwen3-moe" else {}
+    assert theirs.replace(**unread) == config
+
+
+def test_the_first_qwen_is_read_too(tmp_path: Path) -> None:
+    values = {
+        "model_type": "qwen", "vocab_size": 320, "hidden_size": 30, "num_hidden_layers": 2, "num_attention_heads": 3,
+        "kv_channels": 10, "intermediate_size": 112, "rotary_emb_base": 10000, "seq_length": 2048, "use_dynamic_ntk": True,
+        "use_logn_attn": False, "max_position_embeddings": 8192, "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False,
+        "rotary_pct": 1.0, "no_bias": True, "scale_attn_weights": True, "use_flash_attn": "auto", "bf16": False,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = QwenConfig(
+        vocab_size=320,
+        dim=30,
+        num_layers=2,
+        num_heads=3,
+        head_dim=10,
+        mlp_dim=56,
+        trained_length=2048,
+        grow_queries=False,
+    )
+    assert decoder_config(tmp_path) == config
+    save_weights(build_qwen(config), tmp_path, qwen.keys(config))
+    load_decoder(build_qwen(config), tmp_path)
+    with pytest.raises(ConfigError, match="grow_queries=False, the decoder has True"):
+        load_decoder(build_qwen(config.replace(grow_queries=True)), tmp_path)
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("llama", {"rope_parameters": {**PLAIN, "rope_theta": 777.0}}, r"theta=777\.0, the decoder has 100000\.0"),
+        ("llama", {"rms_norm_eps": 0.5}, r"norm_eps=0\.5, the decoder has 1e-05"),
+        ("llama", {"num_attention_heads": 2, "head_dim": 20}, "num_heads=2, the decoder has 4; it means head_dim=20"),
+        ("llama", {"num_key_value_heads": 1, "num_attention_heads": 8}, "num_kv_heads=1, the decoder has 2"),
+        ("llama", {"tie_word_embeddings": False}, "tied=False, the decoder has True"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported"),
+        ("llama", {"attention_bias": True}, "attention_bias: True is not supported"),
+        ("llama", {"mlp_bias": True}, "mlp_bias: True is not supported"),
+        ("llama", {"rope_parameters": {**PLAIN, "rope_type": "llama3", "factor": 8.0}}, "'llama3' is not supported"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            r"rope_scaling\.type: 'linear' is not supported",
+        ),
+        ("llama", {"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5 is not"),
+        ("llama", {"model_type": "mistral", "sliding_window": 8}, "sliding_window: 8 is not supported"),
+        ("llama", {"model_type": "mistral"}, "missing 'sliding_window'"),
+        ("llama", {"model_type": "gemma"}, "no decoder is known for model_type 'gemma', only for deepseek_v3, llama"),
+        ("qwen2", {"model_type": "llama"}, "means a LlamaConfig, the decoder has a Qwen2Config"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+        ("qwen2", {"num_attention_heads": 6, "head_dim": None}, "num_heads=6, the decoder has 3"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4}, "use_sliding_window: True is not supported"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("qwen3", {"rope_parameters": {**PLAIN, "rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
+        ("qwen3-moe", {"norm_topk_prob": False}, "normalize=False, the decoder has True"),
+        ("qwen3-moe", {"num_experts_per_tok": 1}, "top_k=1, the decoder has 2"),
+        ("qwen3-moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
+        ("moonlight", {"num_experts_per_tok": 1}, "top_k=1, the decoder has 2"),
+        ("moonlight", {"routed_scaling_factor": 1.0}, r"routed_scale=1\.0, the decoder has 2\.446"),
+        ("moonlight", {"n_group": 5, "topk_group": 5}, "num_groups=5, the decoder has 1; it means top_groups=5"),
+        ("moonlight", {"scoring_func": "softmax"}, "scoring_func: 'softmax' is not supported"),
+        ("moonlight", {"norm_topk_prob": False}, "normalize=False, the decoder has True"),
+        ("moonlight", {"rope_interleave": False}, "rope_interleave: False is not supported"),
+    ],
+)
+def test_what_no_shape_shows_is_compared(kind: str, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """All these weights fit by names and shapes."""
+    config, _ = saved(kind, tmp_path, **changes)
+    decoder = TINY[kind][1](config)
+    before = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+    with pytest.raises(ConfigError, match=words):
         load_decoder(decoder, tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"rope_parameters": {"rope_theta": config.theta}}))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in decoder.state_dict().items())
+    (tmp_path / "config.json").unlink()
     load_decoder(decoder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {"max_position_embeddings": 99}),
+        ("llama", {"model_type": "mistral", "sliding_window": None}),
+        ("llama", {"rope_parameters": None, "rope_scaling": None, "rope_theta": 100000.0}),
+        ("qwen3", {"rope_parameters": {**PLAIN, "rope_theta": 1000000.0}}),
+    ],
+)
+def test_what_changes_no_number_is_let_pass(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    config, _ = saved(kind, tmp_path, **changes)
+    load_decoder(TINY[kind][1](config), tmp_path)
+
+
+def test_text_fills_a_decoder_with_positions_in_rows_and_columns(tmp_path: Path) -> None:
+    """The sections take an equal coordinate each."""
+    config, _ = saved("qwen3", tmp_path)
+    load_decoder(build_qwen3(config.replace(rope_sections=(3, 1, 1), rope_interleaved=True)), tmp_path)
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_an_untied_head_is_never_dropped(described: bool, tmp_path: Path) -> None:
+    config, _ = saved("qwen3", tmp_path)
+    untied = build_qwen3(config.replace(tied=False))
+    (tmp_path / "model.safetensors").unlink()
+    save_weights(untied, tmp_path, qwen3.keys(untied.config))  # type: ignore[arg-type]
+    if not described:
+        (tmp_path / "config.json").unlink()
+    with pytest.raises(KeyMismatchError, match=r"lm_head\.weight differs from the embedding"):
+        load_decoder(build_qwen3(config), tmp_path)
+    with torch.no_grad():
+        assert untied.lm_head is not None
+        untied.lm_head.weight.copy_(untied.embedding.weight)
+    (tmp_path / "model.safetensors").unlink()
+    save_weights(untied, tmp_path, qwen3.keys(untied.config))  # type: ignore[arg-type]
+    assert load_decoder(build_qwen3(config), tmp_path).ignored == ("lm_head.weight",)
 
 
 def test_another_size_is_refused(tmp_path: Path) -> None:

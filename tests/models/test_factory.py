@@ -10,6 +10,7 @@ from PIL import Image
 
 import vlkit
 from vlkit.errors import ConfigError, UnknownModelError
+from vlkit.models import pretrained
 from vlkit.registry import component
 
 
@@ -67,6 +68,18 @@ def test_pretrained_needs_published_weights() -> None:
         vlkit.create_model("kimi-vl-tiny", pretrained=True)
     with pytest.raises(ConfigError, match="changed models have no published weights"):
         vlkit.create_model("kimi-vl-a3b", pretrained=True, llm={"num_layers": 2})
+
+
+@pytest.mark.parametrize("options", [{}, {"allow_pickle": True}])
+def test_pickled_weights_of_a_registered_model_are_read_when_asked_for(
+    options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The repositories of AndesVL hold no others."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(pretrained, "from_pretrained", lambda name, **found: asked.update(found, name=name))
+    vlkit.create_model("andesvl-1b", pretrained=True, **options)
+    assert asked["name"] == "OPPOer/AndesVL-1B-Instruct"
+    assert asked["allow_pickle"] is bool(options)
 
 
 def test_processor_of_a_composition_and_of_a_published_model() -> None:

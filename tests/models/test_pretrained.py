@@ -22,9 +22,11 @@ from vlkit.errors import (
     ConfigError,
     CorruptCheckpointError,
     KeyMismatchError,
+    NonFiniteWeightsError,
     UnknownFieldWarning,
     UnknownModelError,
 )
+from vlkit.hub import pretrained as hub
 from vlkit.hub.checkpoint import verify_manifest
 from vlkit.hub.keymap import KeyMap, Rule, choose_keymap
 from vlkit.models import kimi_vl, pretrained
@@ -487,3 +489,59 @@ def test_a_model_comes_from_one_commit_of_the_hub_though_its_branch_moves(tmp_pa
 
     for out, commit in zip(outs, commits, strict=True):
         assert {path.name: path.read_bytes() for path in Path(out).iterdir()} == commits[commit]
+
+
+@torch.no_grad()
+def test_a_model_that_is_not_its_config_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """A resized embedding, pruned blocks, another module: saved, nobody could load them. The config says what they are."""
+    resized = vlkit.create_model("qwen3-vl-tiny")
+    rows, dim = resized.llm.embedding.weight.shape
+    resized.llm.embedding.weight.data = torch.cat([resized.llm.embedding.weight.data, torch.zeros(8, dim)])
+    words = rf"llm\.embedding\.weight: the model has \({rows + 8}, {dim}\), its config means \({rows}, {dim}\)"
+    with pytest.raises(KeyMismatchError, match=rf"(?s){words}.*set model\.config"):
+        resized.save_pretrained(tmp_path / "saved")
+    llm: Any = resized.config.llm
+    resized.config = resized.config.replace(llm=llm.replace(vocab_size=rows + 8))
+    resized.save_pretrained(tmp_path / "saved")
+    assert vlkit.from_pretrained(tmp_path / "saved").llm.embedding.weight.shape == (rows + 8, dim)
+
+    pruned = vlkit.create_model("kimi-vl-tiny", llm="qwen3-tiny")
+    pruned.llm.blocks = pruned.llm.blocks[:1]
+    with pytest.raises(
+        KeyMismatchError, match=r"llm\.blocks\.1\.norm1\.weight: the model has none.*(?s:.*)and \d+ more"
+    ):
+        pruned.save_pretrained(tmp_path / "pruned")
+    swapped = vlkit.create_model("kimi-vl-tiny", llm="qwen3-tiny")
+    swapped.projector = torch.nn.Linear(2, 2)
+    with pytest.raises(KeyMismatchError, match=r"projector\.weight: the model has \(2, 2\), its config means none"):
+        swapped.save_pretrained(tmp_path / "swapped")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+
+
+@torch.no_grad()
+def test_numbers_that_loading_would_refuse_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = vlkit.create_model("qwen3-vl-tiny")
+    model.llm.blocks[1].mlp.up.weight[3, 4] = float("nan")
+    with pytest.raises(NonFiniteWeightsError, match=r"llm\.blocks\.1\.mlp\.up\.weight holds NaN or infinity"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    model.save_pretrained(tmp_path / "saved", check_finite=False)
+    vlkit.from_pretrained(tmp_path / "saved", check_finite=False)
+    monkeypatch.setattr(hub, "CHECKED_BY_DEFAULT", 10)
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(NonFiniteWeightsError):
+        model.save_pretrained(tmp_path / "saved", check_finite=True)
+
+
+def test_older_weights_go_in_whatever_form_they_are(tmp_path: Path) -> None:
+    """Another reader could take them for this model's."""
+    old = [
+        "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin",
+        "model-1-of-2.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "SHA256SUMS",
+    ]  # fmt: skip
+    kept = ["training_args.bin", "pytorch_model.md", "adapter_model.safetensors", "tokenizer.model"]
+    for name in (*old, *kept):
+        (tmp_path / name).write_text("old")
+    vlkit.create_model("qwen3-vl-tiny").save_pretrained(tmp_path)
+    written = {"config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, *written}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -274,3 +276,67 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="no starting point is known for Linear, only for AIMv2, SigLIP2, MoonViT"):
         load_starting_point(nn.Linear(2, 2), tmp_path / "whole")
     assert all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("make", "tower", "stated", "words"),
+    [
+        (siglip_of_transformers, SigLIP2(SIGLIP2.replace(num_heads=2)), {"num_attention_heads": 4}, "num_heads=2"),
+        (
+            siglip_of_transformers,
+            SigLIP2(SIGLIP2),
+            {"layer_norm_eps": 1e-3},
+            r"is 0\.001, the tower has norm_eps=1e-06",
+        ),
+        (
+            siglip_of_transformers,
+            SigLIP2(SIGLIP2),
+            {"hidden_act": "quick_gelu"},
+            "'quick_gelu', the tower has activation",
+        ),
+        (siglip_of_transformers, SigLIP2(SIGLIP2), {"hidden_act": "gelu"}, "is 'gelu', the tower has .*'gelu_tanh'"),
+        (naflex_of_transformers, SigLIP2(SIGLIP2), {"patch_size": 14}, "patch_size is 14, the tower has patch_size=6"),
+        (siglip_of_transformers, MoonViT(MOONVIT), {"layer_norm_eps": 1e-5}, "is 1e-05, the tower has norm_eps=1e-06"),
+        (siglip_of_transformers, MoonViT(MOONVIT), {"hidden_act": "gelu"}, "is 'gelu'"),
+        (aimv2_of_transformers, AIMv2(AIMV2.replace(num_heads=2)), {"num_attention_heads": 4}, "num_heads=2"),
+        (aimv2_of_transformers, AIMv2(AIMV2), {"rms_norm_eps": 1e-6}, "is 1e-06, the tower has norm_eps=1e-05"),
+        (aimv2_of_transformers, AIMv2(AIMV2), {"hidden_act": "gelu"}, "is 'gelu', the tower has activation='silu'"),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_no_shape_shows_is_compared_where_it_is_stated(
+    make: Callable[[], nn.Module], tower: nn.Module, stated: dict[str, object], words: str, nested: bool, tmp_path: Path
+) -> None:
+    """The weights fit by names and shapes."""
+    folder, values = saved(tmp_path, make().state_dict()), {"hidden_size": DIM, **stated}
+    before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
+    (folder / "config.json").write_text(
+        json.dumps({"vision_config": values, "hidden_act": "silu"} if nested else values)
+    )
+    with pytest.raises(ConfigError, match=words):
+        load_starting_point(tower, folder)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
+    (folder / "config.json").unlink()
+    load_starting_point(tower, folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "tower"),
+    [
+        (siglip_of_transformers, SigLIP2(SIGLIP2)),
+        (siglip_of_transformers, MoonViT(MOONVIT.replace(norm_eps=1e-5))),
+        (naflex_of_transformers, SigLIP2(SIGLIP2)),
+        (aimv2_of_transformers, AIMv2(AIMV2)),
+    ],
+)
+def test_what_transformers_states_of_its_encoders_passes(
+    make: Callable[[], nn.Module], tower: nn.Module, tmp_path: Path
+) -> None:
+    """MoonViT has an epsilon of its own; the fields of a language model beside the encoder say nothing of the tower."""
+    theirs: Any = make()
+    theirs.save_pretrained(tmp_path)
+    load_starting_point(tower, tmp_path)
+    timm_states = {"architecture": "vit_base_patch16_siglip_224", "pretrained_cfg": {"input_size": [3, 224, 224]}}
+    for values in ({"hidden_size": 2 * DIM, "num_attention_heads": 99}, timm_states):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        load_starting_point(tower, tmp_path)

@@ -95,5 +95,6 @@ def read_index(folder: Path, index: str) -> dict[str, str]:
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether a name in a folder belongs to the weights of a save, which the next save replaces."""
-    return bool(re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name)) or name in (INDEX, MANIFEST)
+    """Whether a name in a folder belongs to the weights of a save, pickled or not, which the next save replaces."""
+    shard = r"model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin"
+    return bool(re.fullmatch(shard, name)) or name in (INDEX, PICKLE_INDEX, MANIFEST)

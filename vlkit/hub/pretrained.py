@@ -50,6 +50,9 @@ __all__ = [
     "is_weight_file",
     "load_weights",
     "open_checkpoint",
+    "refuse_another_head",
+    "refuse_non_finite",
+    "refuse_other_tensors",
     "resolve",
     "save_weights",
     "write_folder",
@@ -146,7 +149,7 @@ def load_weights(
             stacklevel=2,
         )
     if check_finite is None:
-        check_finite = sum(slot.tensor.numel() for slot in slots.values()) < CHECKED_BY_DEFAULT
+        check_finite = _is_small(slots)
 
     _allocate_missing(model, slots, report, torch.device(device))
     # In the order of the files, so that disks read forward and one file is mapped at a time.
@@ -173,6 +176,75 @@ def load_weights(
     _report(model, checkpoint, report, cast, slots)
     floats = {name: stored for name, stored in cast.items() if _is_plain_float(stored)}
     return LoadReport(tuple(report.missing), tuple(report.unexpected), tuple(report.ignored), floats, found.index)
+
+
+def refuse_another_head(head: Tensor, folder: Path, ignored: Sequence[str], *, allow_pickle: bool = False) -> None:
+    """A tied head may stand in the files a second time; one with other numbers must not be dropped in silence.
+
+    Args:
+        head: Of the loaded model, which is its embedding.
+        folder: What it was loaded from.
+        ignored: Names of the files that the model has no use for; see `LoadReport`.
+        allow_pickle: As in loading.
+
+    Raises:
+        KeyMismatchError: The files hold another head.
+    """
+    heads = [name for name in ignored if name.endswith("lm_head.weight")]
+    if not heads:
+        return
+    with open_checkpoint(folder, allow_pickle=allow_pickle) as checkpoint:
+        for name in heads:
+            if not torch.equal(checkpoint.read(name).to(head), head):
+                raise KeyMismatchError(
+                    f"{folder}: {name} differs from the embedding, but the config ties them; set tie_word_embeddings to false"
+                )
+
+
+def refuse_other_tensors(model: nn.Module, wanted: nn.Module) -> None:
+    """Refuse a model whose names and shapes are not those of another: of what its config makes.
+
+    Args:
+        model: About to be saved.
+        wanted: The model that loading would fill; on meta.
+
+    Raises:
+        KeyMismatchError: Tensors that are too many, missing, or of another shape.
+    """
+    found, expected = ({name: tuple(slot.tensor.shape) for name, slot in _slots(m).items()} for m in (model, wanted))
+    lines = [
+        f"  {name}: the model has {found.get(name, 'none')}, its config means {expected.get(name, 'none')}"
+        for name in dict.fromkeys([*found, *expected])
+        if found.get(name) != expected.get(name)
+    ]
+    if lines:
+        more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
+        raise KeyMismatchError(
+            "the model's tensors are not those of its config, so what is saved could not be loaded:\n"
+            + "\n".join(lines[:10])
+            + more
+            + "\nset model.config to what the model is, such as model.config.replace(llm=model.config.llm.replace(...))"
+        )
+
+
+def refuse_non_finite(model: nn.Module, check_finite: bool | None = None) -> None:
+    """Refuse a model that loading would refuse for its numbers.
+
+    Args:
+        model: About to be saved.
+        check_finite: Whether to look; None looks in models below 10^8 parameters.
+
+    Raises:
+        NonFiniteWeightsError: A tensor holds NaN or infinity.
+    """
+    slots = _slots(model)
+    if not (_is_small(slots) if check_finite is None else check_finite):
+        return
+    for name, slot in slots.items():
+        if not slot.tensor.is_meta and not _is_finite(slot.tensor):
+            raise NonFiniteWeightsError(
+                f"{name} holds NaN or infinity; save_pretrained(check_finite=False) writes it anyway"
+            )
 
 
 def save_weights(
@@ -376,11 +448,20 @@ def _as_it_lies(step: Step, dtype: torch.dtype, checkpoint: Checkpoint) -> Tenso
     return checkpoint.in_place(source, whole, step.rule.block(whole, step.part))
 
 
+def _is_small(slots: Mapping[str, _Slot]) -> bool:
+    return sum(slot.tensor.numel() for slot in slots.values()) < CHECKED_BY_DEFAULT
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.dtype.is_floating_point or not tensor.numel():
+        return True
+    # Both ends are NaN if any number is; one pass, where a test of every number takes many.
+    return all(map(math.isfinite, torch.aminmax(tensor.detach())))
+
+
 def _check_finite(target: Tensor, piece: Tensor, source: str, name: str) -> None:
-    if not target.dtype.is_floating_point or not target.numel():
+    if _is_finite(target):
         return
-    if all(map(math.isfinite, torch.aminmax(target.detach()))):
-        return  # both ends are NaN if any number is; one pass, where a test of every number takes many
     finite = torch.isfinite(target)
     bad = (~finite).nonzero()
     overflow = bool(torch.isfinite(piece).all())

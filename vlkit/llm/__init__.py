@@ -9,7 +9,7 @@ from vlkit.llm.qwen import QwenConfig, build_qwen
 from vlkit.llm.qwen2 import Qwen2Config, build_qwen2
 from vlkit.llm.qwen3 import Qwen3Config, build_qwen3
 from vlkit.llm.rope import DynamicRope, FixedRope, Rope
-from vlkit.llm.starting_points import load_decoder
+from vlkit.llm.starting_points import decoder_config, load_decoder
 
 __all__ = [
     "Decoder",
@@ -28,6 +28,7 @@ __all__ = [
     "build_qwen",
     "build_qwen2",
     "build_qwen3",
+    "decoder_config",
     "grouped_query_decoder",
     "load_decoder",
 ]

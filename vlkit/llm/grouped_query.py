@@ -2,22 +2,24 @@
 
 grouped_query_decoder(config, qkv_bias=..., qk_norm=..., ...) -> Decoder
 llama_keys(tied)                                              -> the names that all of them are published under
+read_sizes(text), read_head_dim(text)                         -> what their config.json say alike
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from vlkit.errors import ConfigError
+from vlkit.hub.fields import HubFields
 from vlkit.hub.keymap import KeyMap, rename
 from vlkit.layers.gqa import GroupedQueryAttention
 from vlkit.layers.mlp import GatedMLP
 from vlkit.layers.rope import rotary_sections
 from vlkit.llm.decoder import Decoder, DecoderBlock, DecoderConfig
-from vlkit.llm.rope import FixedRope, Rope
+from vlkit.llm.rope import FixedRope, Rope, read_theta
 
 
 class GroupedQueryConfig(DecoderConfig, Protocol):
@@ -103,6 +105,45 @@ def grouped_query_decoder(
         rope=rope,
         cache_rows=((config.num_kv_heads, config.head_dim),) * 2,
     )
+
+
+def read_sizes(text: HubFields, *theta: float) -> dict[str, Any]:
+    """What the config.json of such decoders say alike, as fields of our configs.
+
+    Args:
+        text: The fields of the language model.
+        theta: Base of the rotary wavelengths of a file that does not say it.
+
+    Raises:
+        ConfigError: A field is missing, or holds a value that these decoders would ignore.
+    """
+    text.expect("hidden_act", "silu")
+    text.expect("attention_bias", False)
+    text.expect("use_sliding_window", False, None)
+    kinds = text.take("layer_types", None)
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise ConfigError(f"{text.where}.layer_types: {kinds!r} is not supported, only 'full_attention' in every layer")
+    return {
+        "vocab_size": text.take("vocab_size"),
+        "dim": text.take("hidden_size"),
+        "num_layers": text.take("num_hidden_layers"),
+        "num_heads": text.take("num_attention_heads"),
+        "mlp_dim": text.take("intermediate_size"),
+        "theta": read_theta(text, *theta),
+        "max_positions": text.take("max_position_embeddings"),
+        "norm_eps": text.take("rms_norm_eps"),
+    }
+
+
+def read_head_dim(text: HubFields) -> Any:
+    """Channels of a head, which a file that does not say them makes of hidden_size."""
+    stated = text.take("head_dim", None)
+    if stated is not None:
+        return stated
+    dim, heads = text.take("hidden_size"), text.take("num_attention_heads")
+    if not (isinstance(dim, int) and isinstance(heads, int) and heads > 0 and dim % heads == 0):
+        raise ConfigError(f"{text.where}: hidden_size {dim!r} is not a multiple of num_attention_heads {heads!r}")
+    return dim // heads
 
 
 PROJECTIONS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}

@@ -10,9 +10,10 @@ give its published answers.
 from __future__ import annotations
 
 from vlkit.config import Config, Depth, Positive, Size
+from vlkit.hub.fields import HubFields
 from vlkit.hub.keymap import KeyMap, drop
 from vlkit.llm.decoder import Decoder
-from vlkit.llm.grouped_query import LAYER, check_heads, grouped_query_decoder, llama_keys
+from vlkit.llm.grouped_query import LAYER, check_heads, grouped_query_decoder, llama_keys, read_head_dim, read_sizes
 from vlkit.llm.rope import FixedRope
 from vlkit.registry import register_component
 
@@ -53,6 +54,30 @@ class LlamaConfig(Config):
 def build_llama(config: LlamaConfig) -> Decoder:
     """The decoder with these sizes; its cache keeps keys and values of every key head."""
     return grouped_query_decoder(config, rope=FixedRope(config.head_dim, config.theta))
+
+
+def read_config(text: HubFields, *, tied: bool = False) -> LlamaConfig:
+    """The sizes in a config.json of model_type llama, or mistral without a sliding window.
+
+    Args:
+        text: The fields of the language model.
+        tied: Whether the head is the embedding where the file does not say it.
+
+    Raises:
+        ConfigError: A field is missing, or holds a value that this decoder would ignore.
+    """
+    if text.take("model_type", "llama") == "mistral":
+        text.take("sliding_window")  # transformers takes a file without it for one of 4096 tokens
+        text.expect("sliding_window", None)
+    text.expect("mlp_bias", False)
+    text.expect("rope_interleaved", False)
+    sizes = read_sizes(text, 10000.0)  # the first models, whose files do not say the base
+    return LlamaConfig(
+        **sizes,
+        num_kv_heads=text.take("num_key_value_heads", sizes["num_heads"]),
+        head_dim=read_head_dim(text),
+        tied=text.take("tie_word_embeddings", tied),
+    )
 
 
 def keys(config: LlamaConfig) -> KeyMap:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from vlkit.config import Config, Count, Depth, Positive, Size
 from vlkit.errors import ConfigError
+from vlkit.hub.fields import HubFields
 from vlkit.hub.keymap import KeyMap, drop, rename, stack
 from vlkit.layers.mla import LatentAttention
 from vlkit.layers.mlp import GatedMLP
 from vlkit.layers.moe import Experts, MoE, Router, check_routing
 from vlkit.llm.decoder import Decoder, DecoderBlock
 from vlkit.llm.grouped_query import LAYER, PROJECTIONS, llama_keys
-from vlkit.llm.rope import FixedRope
+from vlkit.llm.rope import FixedRope, read_theta
 from vlkit.registry import register_component
 
 
@@ -124,6 +125,53 @@ def _moe(config: MoonlightConfig) -> MoE:
     shared_dim = config.num_shared_experts * config.expert_dim
     shared = GatedMLP(config.dim, shared_dim) if shared_dim else None
     return MoE(router, Experts(config.dim, config.expert_dim, config.num_experts), shared)
+
+
+def read_config(text: HubFields, *, tied: bool = False) -> MoonlightConfig:
+    """The sizes in a config.json of model_type deepseek_v3 whose queries have no latent.
+
+    Args:
+        text: The fields of the language model.
+        tied: Whether the head is the embedding where the file does not say it.
+
+    Raises:
+        ConfigError: A field is missing, or holds a value that this decoder would ignore.
+    """
+    text.expect("num_key_value_heads", text.take("num_attention_heads"))
+    for name, supported in (
+        ("q_lora_rank", None),
+        ("hidden_act", "silu"),
+        ("attention_bias", False),
+        ("scoring_func", "sigmoid"),
+        ("topk_method", "noaux_tc"),
+        ("moe_layer_freq", 1),
+        ("rope_interleave", True),
+    ):
+        text.expect(name, supported)
+    return MoonlightConfig(
+        vocab_size=text.take("vocab_size"),
+        dim=text.take("hidden_size"),
+        num_layers=text.take("num_hidden_layers"),
+        num_heads=text.take("num_attention_heads"),
+        kv_rank=text.take("kv_lora_rank"),
+        nope_dim=text.take("qk_nope_head_dim"),
+        rope_dim=text.take("qk_rope_head_dim"),
+        value_dim=text.take("v_head_dim"),
+        mlp_dim=text.take("intermediate_size"),
+        num_dense_layers=text.take("first_k_dense_replace"),
+        num_experts=text.take("n_routed_experts"),
+        top_k=text.take("num_experts_per_tok"),
+        num_shared_experts=text.take("n_shared_experts"),
+        expert_dim=text.take("moe_intermediate_size"),
+        num_groups=text.take("n_group", 1),
+        top_groups=text.take("topk_group", 1),
+        normalize=text.take("norm_topk_prob"),
+        routed_scale=text.take("routed_scaling_factor"),
+        theta=read_theta(text),
+        max_positions=text.take("max_position_embeddings"),
+        norm_eps=text.take("rms_norm_eps"),
+        tied=text.take("tie_word_embeddings", tied),
+    )
 
 
 def keys(config: MoonlightConfig) -> KeyMap:

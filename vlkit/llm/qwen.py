@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from vlkit.config import Config, Depth, Positive, Size
 from vlkit.errors import ConfigError
+from vlkit.hub.fields import HubFields
 from vlkit.hub.keymap import KeyMap, rename, split
 from vlkit.llm.decoder import Decoder
 from vlkit.llm.grouped_query import check_heads, grouped_query_decoder
@@ -77,6 +78,44 @@ def build_qwen(config: QwenConfig) -> Decoder:
         grow_queries=config.grow_queries,
     )
     return grouped_query_decoder(config, rope=rope, qkv_bias=True)
+
+
+def read_config(text: HubFields, *, tied: bool = False) -> QwenConfig:
+    """The sizes in a config.json of model_type qwen.
+
+    Args:
+        text: The fields of the language model.
+        tied: Whether the head is the embedding where the file does not say it.
+
+    Raises:
+        ConfigError: A field is missing, or holds a value that this decoder would ignore.
+    """
+    for name, supported in (("rotary_pct", 1.0), ("no_bias", True), ("scale_attn_weights", True)):
+        text.expect(name, supported)
+    doubled = text.take("intermediate_size")  # both of the MLP's matrices before its product
+    if not isinstance(doubled, int) or doubled % 2:
+        raise ConfigError(f"{text.where}.intermediate_size: expected an even number, found {doubled!r}")
+    config = QwenConfig(
+        vocab_size=text.take("vocab_size"),
+        dim=text.take("hidden_size"),
+        num_layers=text.take("num_hidden_layers"),
+        num_heads=text.take("num_attention_heads"),
+        head_dim=text.take("kv_channels"),
+        mlp_dim=doubled // 2,
+        theta=text.take("rotary_emb_base"),
+        trained_length=text.take("seq_length"),
+        grow_wavelengths=text.take("use_dynamic_ntk"),
+        grow_queries=text.take("use_logn_attn"),
+        max_positions=text.take("max_position_embeddings"),
+        norm_eps=text.take("layer_norm_epsilon"),
+        tied=text.take("tie_word_embeddings", tied),
+    )
+    if config.num_heads * config.head_dim != config.dim:
+        raise ConfigError(
+            f"{text.where}: {config.num_heads} heads of kv_channels={config.head_dim} are not hidden_size={config.dim}, as "
+            "the published code needs"
+        )
+    return config
 
 
 def keys(config: QwenConfig) -> KeyMap:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from vlkit.config import Config, Depth, Positive, Size
 from vlkit.errors import ConfigError
+from vlkit.hub.fields import HubFields
 from vlkit.hub.keymap import KeyMap
 from vlkit.llm.decoder import Decoder
-from vlkit.llm.grouped_query import check_heads, grouped_query_decoder, llama_keys, sectioned_rope
+from vlkit.llm.grouped_query import check_heads, grouped_query_decoder, llama_keys, read_sizes, sectioned_rope
 from vlkit.llm.rope import FixedRope
 from vlkit.registry import register_component
 
@@ -68,6 +69,26 @@ def build_qwen2(config: Qwen2Config) -> Decoder:
 
 def _rope(config: Qwen2Config) -> FixedRope:
     return sectioned_rope(config.head_dim, config.theta, config.rope_sections)
+
+
+def read_config(text: HubFields, *, tied: bool = False) -> Qwen2Config:
+    """The sizes in a config.json of model_type qwen2, as those of Qwen2.5 are.
+
+    Args:
+        text: The fields of the language model.
+        tied: Whether the head is the embedding where the file does not say it.
+
+    Raises:
+        ConfigError: A field is missing, or holds a value that this decoder would ignore.
+    """
+    sizes = read_sizes(text)
+    config = Qwen2Config(
+        **sizes,
+        num_kv_heads=text.take("num_key_value_heads"),
+        tied=text.take("tie_word_embeddings", tied),
+    )
+    text.expect("head_dim", config.head_dim, None)
+    return config
 
 
 def keys(config: Qwen2Config) -> KeyMap:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlkit.config import Config, Count, Depth, Positive, Size
+from vlkit.hub.fields import HubFields
 from vlkit.hub.keymap import KeyMap, rename, stack
 from vlkit.layers.moe import Experts, MoE, Router, check_routing
 from vlkit.llm.decoder import Decoder
@@ -21,6 +22,8 @@ from vlkit.llm.grouped_query import (
     check_heads,
     grouped_query_decoder,
     llama_keys,
+    read_head_dim,
+    read_sizes,
     sectioned_rope,
 )
 from vlkit.llm.rope import FixedRope
@@ -90,6 +93,37 @@ def build_qwen3(config: Qwen3Config) -> Decoder:
 
 def _rope(config: Qwen3Config) -> FixedRope:
     return sectioned_rope(config.head_dim, config.theta, config.rope_sections, interleaved=config.rope_interleaved)
+
+
+def read_config(text: HubFields, *, tied: bool = False) -> Qwen3Config:
+    """The sizes in a config.json of model_type qwen3 or qwen3_moe.
+
+    Args:
+        text: The fields of the language model.
+        tied: Whether the head is the embedding where the file does not say it.
+
+    Raises:
+        ConfigError: A field is missing, or holds a value that this decoder would ignore.
+    """
+    experts: dict[str, Any] = {}
+    sparse = text.take("model_type", "qwen3") == "qwen3_moe"
+    if sparse:
+        text.expect("decoder_sparse_step", 1)
+        text.expect("mlp_only_layers", [], None)
+        experts = {
+            # transformers 5 writes num_local_experts
+            "num_experts": text.take("num_experts" if "num_experts" in text.values else "num_local_experts"),
+            "top_k": text.take("num_experts_per_tok"),
+            "expert_dim": text.take("moe_intermediate_size"),
+            "normalize": text.take("norm_topk_prob"),
+        }
+    return Qwen3Config(
+        **read_sizes(text),
+        **experts,
+        num_kv_heads=text.take("num_key_value_heads"),
+        head_dim=read_head_dim(text) if sparse else text.take("head_dim"),
+        tied=text.take("tie_word_embeddings", tied),
+    )
 
 
 def keys(config: Qwen3Config) -> KeyMap:

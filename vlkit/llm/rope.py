@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from vlkit.errors import LayoutError
+from vlkit.hub.fields import HubFields
 from vlkit.layers.rope import Rotary, make_rotary, rotary_angles, rotary_frequencies
 from vlkit.packing import Layout
 
@@ -126,3 +127,26 @@ def check_one_coordinate(positions: Tensor) -> None:
             f"positions have shape {tuple(positions.shape)}; this decoder takes one per token, {positions.shape[0]}: "
             "positions in time, row and column need a decoder with rope_sections"
         )
+
+
+def read_theta(text: HubFields, *default: float) -> Any:
+    """Base of the rotary wavelengths, from rope_theta or from rope_parameters, as transformers 5 writes it.
+
+    Args:
+        text: The fields of a language model.
+        default: What a file means that says neither.
+
+    Raises:
+        ConfigError: Neither is there, or another rotation than the plain one, such as YaRN.
+    """
+    theta = text.take("rope_theta", None)
+    text.expect("partial_rotary_factor", 1.0)
+    for name in ("rope_scaling", "rope_parameters"):
+        if text.take(name, None) is not None:
+            rope = text.part(name)
+            for kind in ("type", "rope_type"):
+                rope.expect(kind, "default")
+            rope.expect("partial_rotary_factor", 1.0)
+            theta = rope.take("rope_theta", theta)
+            rope.warn_of_rest()
+    return text.take("rope_theta", *default) if theta is None else theta

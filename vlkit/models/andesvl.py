@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 from vlkit.config import Config
 from vlkit.errors import ConfigError
+from vlkit.hub.fields import HubFields
 from vlkit.hub.keymap import KeyMap, rename
 from vlkit.llm import qwen3
 from vlkit.llm.qwen3 import Qwen3Config
-from vlkit.models.family import Checkpoint, Family, HubFields, ModelSpec
+from vlkit.models.family import Checkpoint, Family, ModelSpec
 from vlkit.models.qwen_common import (
     END_OF_TEXT,
     END_OF_TURN,
@@ -35,12 +36,12 @@ from vlkit.registry import component, register_family, register_model
 from vlkit.vision import aimv2, siglip2
 from vlkit.vision.aimv2 import AIMv2Config
 from vlkit.vision.siglip2 import SigLIP2Config
+from vlkit.vision.tower import CLIP_PIXELS
 
 IMAGE_TOKEN = 151654  # <|vision_pad|>; the published config.json does not name it
 AIMV2_TYPE, SIGLIP2_TYPE = "andesvl-aimv2-qwen3", "andesvl-siglip2-qwen3"
 ACTIVATIONS: dict[str, Literal["gelu_tanh", "gelu"]] = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 VISION_WITHOUT_EFFECT = ("attention_dropout", "projection_dropout", "window_size", "min_pixels", "max_pixels")
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 LONGEST_SIDE, LARGEST_SQUARE = 4172, 1792  # pixels; the settings behind the reported scores
 
 
@@ -60,7 +61,9 @@ def read_config(hub: Mapping[str, Any]) -> VLMConfig:
         if top.expect("model_type", AIMV2_TYPE, SIGLIP2_TYPE) == AIMV2_TYPE
         else _read_siglip2(vision)
     )
-    decoder = _read_qwen3(text, top)
+    text.expect("model_type", "qwen3")
+    stated = "tie_word_embeddings" in text.values
+    decoder = qwen3.read_config(text, tied=stated or top.take("tie_word_embeddings"))
     end = text.take("eos_token_id", top.take("eos_token_id", END_OF_TURN))
     ids = end if isinstance(end, list) else [end]
     if ids == [END_OF_TURN]:  # as published; generation_config.json adds the other
@@ -154,37 +157,6 @@ def _square(vision: HubFields, name: str, value: Any, patch_size: Any) -> tuple[
             + ("" if patch_size is None else f" of patches of {patch_size} pixels")
         )
     return side, side
-
-
-def _read_qwen3(text: HubFields, top: HubFields) -> Qwen3Config:
-    text.expect("model_type", "qwen3")
-    text.expect("hidden_act", "silu")
-    text.expect("attention_bias", False)
-    text.expect("use_sliding_window", False)
-    text.expect("rope_scaling", None)
-    kinds = set(text.take("layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ConfigError(f"{text.where}.layer_types: {sorted(kinds)} is not supported, only 'full_attention'")
-    parameters = text.take("rope_parameters", None)  # as transformers 5 writes it
-    rope = text if parameters is None else text.part("rope_parameters")
-    if parameters is not None:
-        rope.expect("rope_type", "default")
-    theta = rope.take("rope_theta")
-    return Qwen3Config(
-        vocab_size=text.take("vocab_size"),
-        dim=text.take("hidden_size"),
-        num_layers=text.take("num_hidden_layers"),
-        num_heads=text.take("num_attention_heads"),
-        num_kv_heads=text.take("num_key_value_heads"),
-        head_dim=text.take("head_dim"),
-        mlp_dim=text.take("intermediate_size"),
-        theta=theta,
-        max_positions=text.take("max_position_embeddings"),
-        norm_eps=text.take("rms_norm_eps"),
-        tied=text.take("tie_word_embeddings")
-        if "tie_word_embeddings" in text.values
-        else top.take("tie_word_embeddings"),
-    )
 
 
 def write_config(config: VLMConfig) -> dict[str, Any]:
@@ -308,8 +280,8 @@ def image_rule(tower: AIMv2Config | SigLIP2Config) -> ImageRule:
         longest=LONGEST_SIDE,
         max_side=None,
         max_aspect=None,
-        mean=CLIP_MEAN if clip else (0.5, 0.5, 0.5),
-        std=CLIP_STD if clip else (0.5, 0.5, 0.5),
+        mean=CLIP_PIXELS.mean if clip else (0.5, 0.5, 0.5),
+        std=CLIP_PIXELS.std if clip else (0.5, 0.5, 0.5),
     )
 
 

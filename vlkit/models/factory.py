@@ -27,6 +27,7 @@ def create_model(
     pretrained: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    allow_pickle: bool = False,
     **overrides: Any,
 ) -> VisionLanguageModel:
     """Build a registered model, or one from a config.
@@ -39,6 +40,8 @@ def create_model(
         pretrained: Load the published weights from the Hub; otherwise weights are drawn from torch's random state.
         dtype: Of the weights; None means torch's default, or the checkpoint's own when pretrained.
         device: None means torch's default device; "meta" allocates nothing.
+        allow_pickle: With pretrained, read pickled weights where a repository has no others, as those of AndesVL; see
+            `from_pretrained`.
         overrides: Fields of VLMConfig. A part is given as a name, a config, or a dictionary of the fields to change; the
             projector's widths follow the tower and the decoder.
 
@@ -64,7 +67,11 @@ def create_model(
     from vlkit.models.pretrained import from_pretrained
 
     return from_pretrained(
-        spec.checkpoint.repo_id, revision=spec.checkpoint.revision, dtype=dtype or "auto", device=device or "cpu"
+        spec.checkpoint.repo_id,
+        revision=spec.checkpoint.revision,
+        dtype=dtype or "auto",
+        device=device or "cpu",
+        allow_pickle=allow_pickle,
     )
 
 

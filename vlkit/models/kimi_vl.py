@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlkit.errors import ConfigError
+from vlkit.hub.fields import HubFields
 from vlkit.hub.keymap import KeyMap
 from vlkit.llm import moonlight
 from vlkit.llm.moonlight import MoonlightConfig
-from vlkit.models.family import Checkpoint, Family, HubFields, ModelSpec
+from vlkit.models.family import Checkpoint, Family, ModelSpec
 from vlkit.models.vlm import VLMConfig
 from vlkit.processing import CHAT_FORMATS, ByteTokenizer, ImageRule, ProcessorConfig
 from vlkit.projectors import pixel_shuffle
@@ -43,7 +44,6 @@ def read_config(hub: Mapping[str, Any]) -> VLMConfig:
         raise ConfigError(f"{vision.where}.merge_kernel_size: {merge!r} is not square: expected two equal numbers")
     vision.expect("model_type", "moonvit")
     text.expect("model_type", "deepseek_v3")
-    text.expect("num_key_value_heads", text.take("num_attention_heads"))
     tower = MoonViTConfig(
         dim=vision.take("hidden_size"),
         num_layers=vision.take("num_hidden_layers"),
@@ -52,40 +52,7 @@ def read_config(hub: Mapping[str, Any]) -> VLMConfig:
         patch_size=vision.take("patch_size"),
         position_grid=(vision.take("init_pos_emb_height"), vision.take("init_pos_emb_width")),
     )
-    for name, *supported in (
-        ("rope_scaling", None),
-        ("q_lora_rank", None),
-        ("hidden_act", "silu"),
-        ("attention_bias", False),
-        ("scoring_func", "sigmoid"),
-        ("topk_method", "noaux_tc"),
-        ("moe_layer_freq", 1),
-    ):
-        text.expect(name, *supported)
-    decoder = MoonlightConfig(
-        vocab_size=text.take("vocab_size"),
-        dim=text.take("hidden_size"),
-        num_layers=text.take("num_hidden_layers"),
-        num_heads=text.take("num_attention_heads"),
-        kv_rank=text.take("kv_lora_rank"),
-        nope_dim=text.take("qk_nope_head_dim"),
-        rope_dim=text.take("qk_rope_head_dim"),
-        value_dim=text.take("v_head_dim"),
-        mlp_dim=text.take("intermediate_size"),
-        num_dense_layers=text.take("first_k_dense_replace"),
-        num_experts=text.take("n_routed_experts"),
-        top_k=text.take("num_experts_per_tok"),
-        num_shared_experts=text.take("n_shared_experts"),
-        expert_dim=text.take("moe_intermediate_size"),
-        num_groups=text.take("n_group", 1),
-        top_groups=text.take("topk_group", 1),
-        normalize=text.take("norm_topk_prob"),
-        routed_scale=text.take("routed_scaling_factor"),
-        theta=text.take("rope_theta"),
-        max_positions=text.take("max_position_embeddings"),
-        norm_eps=text.take("rms_norm_eps"),
-        tied=text.take("tie_word_embeddings", top.take("tie_word_embeddings", False)),
-    )
+    decoder = moonlight.read_config(text, tied=top.take("tie_word_embeddings", False))
     end = text.take("eos_token_id", top.take("eos_token_id", END_OF_TEXT))
     image_token = top.take("media_placeholder_token_id")
     for fields, known in (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from vlkit.errors import CheckpointError, ConfigError, KeyMismatchError, UnknownFieldWarning, UnknownModelError
+from vlkit.errors import CheckpointError, ConfigError, UnknownFieldWarning, UnknownModelError
 from vlkit.generation.settings import read_generation_settings
 from vlkit.hub import pretrained as hub
 from vlkit.hub.checkpoint import write_manifest
@@ -113,28 +113,12 @@ def from_pretrained(
             check_finite=check_finite,
             allow_quantized=allow_quantized,
         )
-    _refuse_another_head(model, folder, report.ignored, allow_pickle)
+    hub.refuse_another_head(model.llm.head_weight, folder, report.ignored, allow_pickle=allow_pickle)
     model.published_layout = report.layout
     model.published_generation = _read_generation(folder)
     if dtype == "auto":
         model.published_dtypes = dict(report.cast)
     return model.eval()
-
-
-def _refuse_another_head(
-    model: VisionLanguageModel, folder: Path, ignored: tuple[str, ...], allow_pickle: bool
-) -> None:
-    """A tied head may stand in the file a second time; one with other numbers must not be dropped in silence."""
-    heads = [name for name in ignored if name.endswith("lm_head.weight")]
-    if not heads:
-        return
-    with hub.open_checkpoint(folder, allow_pickle=allow_pickle) as checkpoint:
-        for name in heads:
-            ours = model.llm.head_weight
-            if not torch.equal(checkpoint.read(name).to(ours), ours):
-                raise KeyMismatchError(
-                    f"{folder}: {name} differs from the embedding, but the config ties them; set tie_word_embeddings to false"
-                )
 
 
 def save_pretrained(
@@ -143,6 +127,7 @@ def save_pretrained(
     *,
     max_shard_size: int | str = "5GB",
     manifest: bool = False,
+    check_finite: bool | None = None,
 ) -> None:
     """Write config.json and the weights, whole or not at all, in the layout that `model.config.family` names.
 
@@ -157,11 +142,17 @@ def save_pretrained(
         folder: Made if it is not there.
         max_shard_size: Bytes, or a text such as "5GB"; more go into several files with an index.
         manifest: Also write SHA256SUMS, which `sha256sum -c` and `vlkit.hub.checkpoint.verify_manifest` read.
+        check_finite: Refuse NaN and infinity, as loading does; None looks for them in models below 10^8 parameters.
 
     Raises:
+        KeyMismatchError: Tensors that are not those of `model.config`, as after resizing an embedding: nobody could load them.
+        NonFiniteWeightsError: A tensor holds NaN or infinity.
         DiskFullError: Not enough space; the old folder is whole.
         ConfigError: The family's layout cannot express the model.
     """
+    with on_meta():
+        hub.refuse_other_tensors(model, VisionLanguageModel(model.config))
+    hub.refuse_non_finite(model, check_finite)
     written = write_config(model.config)
     dtype = next(model.parameters()).dtype
     written.setdefault("torch_dtype", str(dtype).removeprefix("torch."))

@@ -17,11 +17,13 @@ from typing import Any, Literal, cast
 
 from vlkit.config import Config
 from vlkit.errors import ConfigError
+from vlkit.hub.fields import HubFields
 from vlkit.hub.keymap import KeyMap, Pattern, drop
-from vlkit.models.family import Checkpoint, HubFields, ModelSpec
+from vlkit.models.family import Checkpoint, ModelSpec
 from vlkit.models.vlm import HubInputs, VLMConfig
 from vlkit.processing import CHAT_FORMATS, ByteTokenizer, ImageRule, ProcessorConfig, VideoRule
 from vlkit.projectors.patch_merger import PatchMergerConfig
+from vlkit.vision.tower import CLIP_PIXELS
 
 IMAGE_TOKEN, VIDEO_TOKEN = 151655, 151656  # <|image_pad|>, <|video_pad|>
 VISION_MARKS = (151652, 151653)  # <|vision_start|>, <|vision_end|>
@@ -39,7 +41,7 @@ QWEN2_PROCESSOR = ProcessorConfig(
     image=ImageRule(
         fit="resize", resampler="torch", patch_size=14, frames_per_patch=2, max_patches=None, max_side=None,
         min_pixels=4 * 28 * 28, max_pixels=16384 * 28 * 28,
-        mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
+        mean=CLIP_PIXELS.mean, std=CLIP_PIXELS.std,
     ),
     video=VideoRule(),
 )  # fmt: skip

@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlkit.errors import ConfigError
+from vlkit.hub.fields import HubFields
 from vlkit.hub.keymap import KeyMap, drop
 from vlkit.llm import qwen
 from vlkit.llm.qwen import QwenConfig
-from vlkit.models.family import Checkpoint, Family, HubFields, ModelSpec
+from vlkit.models.family import Checkpoint, Family, ModelSpec
 from vlkit.models.vlm import HubInputs, VLMConfig
 from vlkit.processing import CHAT_FORMATS, ByteTokenizer, ImageRule, ProcessorConfig
 from vlkit.projectors import resampler
@@ -25,6 +26,7 @@ from vlkit.projectors.resampler import ResamplerConfig
 from vlkit.registry import component, register_family, register_model
 from vlkit.vision import openclip_vit
 from vlkit.vision.openclip_vit import OpenCLIPViTConfig
+from vlkit.vision.tower import CLIP_PIXELS
 
 IMAGE_START = 151857  # <img>; </img> and <imgpad> follow
 STOPS = (151645, 151644, 151643)  # <|im_end|>, <|im_start|>, <|endoftext|>
@@ -39,8 +41,8 @@ IMAGES = ImageRule(
     max_patches=None,
     max_side=IMAGE_PATCHES,
     max_aspect=None,
-    mean=(0.48145466, 0.4578275, 0.40821073),
-    std=(0.26862954, 0.26130258, 0.27577711),
+    mean=CLIP_PIXELS.mean,
+    std=CLIP_PIXELS.std,
 )
 """Every image becomes a square of 448 pixels, whatever its shape."""
 ENTRIES_WITHOUT_EFFECT = (  # training only, serving only, or how the published code computes
@@ -77,31 +79,7 @@ def read_config(hub: Mapping[str, Any]) -> VLMConfig:
             "(vlkit.list_components('llm')); vlkit loads whole vision-language models"
         )
     visual = top.part("visual")
-    for name, *supported in (("rotary_pct", 1.0), ("no_bias", True), ("scale_attn_weights", True)):
-        top.expect(name, *supported)
-    doubled = _count(top, "intermediate_size")  # both of the MLP's matrices before its product
-    if doubled % 2:
-        raise ConfigError(f"config.json.intermediate_size: expected an even number, found {doubled}")
-    decoder = QwenConfig(
-        vocab_size=top.take("vocab_size"),
-        dim=top.take("hidden_size"),
-        num_layers=top.take("num_hidden_layers"),
-        num_heads=top.take("num_attention_heads"),
-        head_dim=top.take("kv_channels"),
-        mlp_dim=doubled // 2,
-        theta=top.take("rotary_emb_base"),
-        trained_length=top.take("seq_length"),
-        grow_wavelengths=top.take("use_dynamic_ntk"),
-        grow_queries=top.take("use_logn_attn"),
-        max_positions=top.take("max_position_embeddings"),
-        norm_eps=top.take("layer_norm_epsilon"),
-        tied=top.take("tie_word_embeddings", False),
-    )
-    if decoder.num_heads * decoder.head_dim != decoder.dim:
-        raise ConfigError(
-            f"config.json: {decoder.num_heads} heads of kv_channels={decoder.head_dim} are not hidden_size={decoder.dim}, as "
-            "the published code needs"
-        )
+    decoder = qwen.read_config(top)
     width, ratio = _count(visual, "width"), visual.take("mlp_ratio")
     if not isinstance(ratio, (int, float)) or not 0 < ratio < 1e6:
         raise ConfigError(f"config.json.visual.mlp_ratio: expected a number above 0, found {ratio!r}")

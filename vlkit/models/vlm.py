@@ -431,12 +431,17 @@ class VisionLanguageModel(nn.Module):
                 reset()
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", manifest: bool = False
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        manifest: bool = False,
+        check_finite: bool | None = None,
     ) -> None:
         """Write config and weights in the family's own Hub layout. See `vlkit.models.pretrained.save_pretrained`."""
         from vlkit.models.pretrained import save_pretrained
 
-        save_pretrained(self, folder, max_shard_size=max_shard_size, manifest=manifest)
+        save_pretrained(self, folder, max_shard_size=max_shard_size, manifest=manifest, check_finite=check_finite)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Save to a temporary folder and upload it. See `vlkit.models.pretrained.push_to_hub`."""

@@ -29,6 +29,8 @@ from vlkit.errors import CheckpointError, ConfigError
 from vlkit.hub.checkpoint import Checkpoint, open_checkpoint
 from vlkit.hub.keymap import KeyMap, drop, rename, reshape, split
 from vlkit.hub.pretrained import load_weights, resolve
+from vlkit.hub.safe_files import safe_file
+from vlkit.hub.strict_json import read_json
 from vlkit.layers.patch import conv_to_linear, linear_to_conv
 from vlkit.layers.position import interpolate_positions_reference, list_to_table, table_to_list
 from vlkit.packing import Layout
@@ -87,7 +89,8 @@ def load_starting_point(
         The layout that was found, what became of the table, and what was left out.
 
     Raises:
-        ConfigError: A tower for which no starting point is known.
+        ConfigError: A tower for which no starting point is known, or a config.json that states other heads, patches, activation
+            or epsilon than the tower's. The tower is unchanged.
         KeyMismatchError: Names or shapes that do not fit, all in one report. The tower is unchanged.
         CheckpointError: Files that are missing or broken, or of another encoder.
     """
@@ -101,6 +104,9 @@ def load_starting_point(
     )
     with open_checkpoint(folder, allow_pickle=allow_pickle) as checkpoint:
         return _load(tower, checkpoint, prefix)
+
+
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu"}  # theirs to ours
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,7 @@ def _load(tower: nn.Module, checkpoint: Checkpoint, prefix: str | None) -> Start
         kinds = ", ".join(kind.__name__ for kind in _SOURCES)
         raise ConfigError(f"no starting point is known for {type(tower).__name__}, only for {kinds}")
     prefix = _prefix(checkpoint, sources, prefix)
+    _refuse_another(tower, checkpoint.folder)
     part = checkpoint.part(prefix)
     sources = tuple(source for source in sources if prefix + source.patches in part.tensors)
     owner: Any = tower.positions
@@ -159,6 +166,38 @@ def _load(tower: nn.Module, checkpoint: Checkpoint, prefix: str | None) -> Start
         done = f"{theirs}, " + ("as published" if theirs == ours else f"resampled to {ours}")
     outside = tuple(name for name in checkpoint.tensors if name not in part.tensors)
     return StartingPoint(source.name, prefix, done, (*report.ignored, *outside))
+
+
+def _refuse_another(tower: Any, folder: Path) -> None:
+    """Refuse an encoder whose config.json states what shows in no shape, and states it otherwise than the tower's config.
+
+    timm's config.json states none of this, and published ones leave out what the class of the encoder has as a default: what is
+    not stated is not compared.
+    """
+    if not (folder / "config.json").is_file():
+        return
+    values = read_json(safe_file(folder, "config.json"))
+    nested = values.get("vision_config")
+    stated = nested if isinstance(nested, Mapping) else values
+    config = tower.config
+    if stated.get("hidden_size", config.dim) != config.dim:
+        return  # shapes will tell; or the fields at the top are those of a language model
+    activation = stated.get("hidden_act")
+    own = {AIMv2: "silu", MoonViT: "gelu_tanh"}.get(type(tower)) or config.activation
+    facts = [
+        ("num_attention_heads", stated.get("num_attention_heads"), "num_heads", config.num_heads),
+        ("patch_size", stated.get("patch_size"), "patch_size", config.patch_size),
+        ("hidden_act", _ACTIVATIONS.get(str(activation), activation), "activation", own),
+        *((name, stated.get(name), "norm_eps", config.norm_eps) for name in ("layer_norm_eps", "rms_norm_eps")),
+    ]
+    for name, theirs, field, ours in facts:
+        # MoonViT was trained from SigLIP with its own epsilon.
+        known = isinstance(tower, MoonViT) and (name, theirs, ours) == ("layer_norm_eps", 1e-6, 1e-5)
+        if theirs is not None and theirs != ours and not known:
+            raise ConfigError(
+                f"{folder / 'config.json'}: {name} is {stated[name]!r}, the tower has {field}={ours!r}; make the tower with the "
+                "sizes of the encoder"
+            )
 
 
 def _prefix(checkpoint: Checkpoint, sources: Sequence[_Source], wanted: str | None) -> str:
