@@ -99,6 +99,8 @@ def test_an_integer_image_that_can_be_8_or_16_bit_is_refused() -> None:
     np.testing.assert_array_equal(np.asarray(read_image(image.convert("L")))[..., 0], grey)
     assert np.asarray(read_image(image.convert("I;16"))).max() == 1
     assert np.asarray(read_image(Image.new("I", (2, 2)))).max() == 0
+    image.format = "PNG"  # as older versions of Pillow open 16 bit files
+    assert np.asarray(read_image(image)).max() == 1
 
 
 def test_transparent_pixels_show_the_background_not_their_hidden_colour() -> None:
