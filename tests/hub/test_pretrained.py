@@ -555,3 +555,18 @@ def test_a_disk_that_fills_up_in_the_middle_keeps_the_old_weights(
 
     assert os.listdir(tmp_path) == ["model"]
     assert_same_bits(stored(target), theirs)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_long_load_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal, and not before some seconds have passed; nothing where output goes to a file."""
+    folder = write_folder_of(tmp_path / "in", published())
+    for screen, patience, shown in ((Terminal(), 0.0, True), (Terminal(), 60.0, False), (io.StringIO(), 0.0, False)):
+        monkeypatch.setattr("sys.stderr", screen)
+        monkeypatch.setattr(pretrained, "PATIENCE", patience)
+        load(folder)
+        assert ("loading in" in screen.getvalue()) == shown

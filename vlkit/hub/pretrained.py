@@ -36,6 +36,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from vlkit.errors import CheckpointError, KeyMismatchError, NonFiniteWeightsError
 from vlkit.hub.atomic import check_space, write_folder
@@ -61,6 +62,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 LAYOUT = "vlkit_layout"  # entry in the header of the files
+PATIENCE = 2.0  # seconds until a bar shows how far loading is, on a terminal
 CHECKED_BY_DEFAULT = 10**8  # parameters up to which NaN and infinity are looked for without being asked: 0.03 s in bf16
 
 
@@ -156,7 +158,9 @@ def load_weights(
     order = sorted(steps, key=lambda step: _place(checkpoint, step))
     stays = mapped and torch.device(device).type == "cpu"
     with torch.no_grad():
-        for step in order:
+        for step in tqdm(
+            order, f"loading {checkpoint.folder.name}", unit="tensor", leave=False, delay=PATIENCE, disable=None
+        ):
             slot = slots[step.target]
             if slot.tensor.is_meta:
                 view = _as_it_lies(step, slot.dtype, checkpoint) if stays else None
