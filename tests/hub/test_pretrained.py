@@ -431,8 +431,7 @@ def test_loading_holds_one_copy_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
         load_weights(model, checkpoint, keys)
 
     copies = (max(peak[0], anonymous_bytes()) - before) / (experts * size * 4)
-    low, high = (1.7, 2.3) if hoard else (0.8, 1.3)
-    assert low < copies < high
+    assert copies > 1.4 if hoard else copies < 1.3  # somewhat less than 2 and 1 where freed memory is used again
     assert model.up[7, 0] == 7
 
 
