@@ -123,7 +123,7 @@ def test_the_config_of_a_decoder_is_read_from_the_folder(kind: str, tmp_path: Pa
 def test_the_first_qwen_is_read_too(tmp_path: Path) -> None:
     values = {
         "model_type": "qwen", "vocab_size": 320, "hidden_size": 30, "num_hidden_layers": 2, "num_attention_heads": 3,
-        "kv_channels": 10, "intermediate_size": 112, "rotary_emb_base": 10000, "seq_length": 2048, "use_dynamic_ntk": True,
+        "kv_channels": 10, "intermediate_size": 112, "rotary_emb_base": 10000.0, "seq_length": 2048, "use_dynamic_ntk": True,
         "use_logn_attn": False, "max_position_embeddings": 8192, "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False,
         "rotary_pct": 1.0, "no_bias": True, "scale_attn_weights": True, "use_flash_attn": "auto", "bf16": False,
     }  # fmt: skip
