@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "models": FOUNDATIONS | MIDDLE | PARTS | {"generation", "models"},
     "summary": FOUNDATIONS | MIDDLE | PARTS | {"generation", "models"},
     "testing": FOUNDATIONS | MIDDLE | PARTS | {"generation", "models", "testing"},
+    "training": FOUNDATIONS | MIDDLE | PARTS | {"generation", "models", "summary", "training"},
 }
 FREE = {"__init__", "__main__", "cli", "demo"}
 

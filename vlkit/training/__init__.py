@@ -1,0 +1,1 @@
+"""Training: models over many ranks, runs that resume, and what a run will cost."""
