@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from vlkit.errors import ConfigError, OptimizerStateError
 from vlkit.optim import Muon, orthogonalize
-from vlkit.optim.muon import units_of
+from vlkit.optim.units import units_of
 
 FP32 = {"ns_dtype": torch.float32}
 SHAPES = [(7, 5), (5, 9), (6, 6), (5, 40)]

@@ -4,7 +4,7 @@
 
 A unit is one matrix on which the orthogonalisation runs: a 2-D weight, one expert of a stack [experts, out, in], one
 row block of a fused weight, a convolution kernel as [out, in * kh * kw]. A step has separate stages (gradients,
-momentum, orthogonalisation, update), each of which sees lists of units as data.
+momentum, orthogonalisation, update), which are functions on lists of tensors, in vlkit.optim.update.
 
 Source: Muon, Keller Jordan, github.com/KellerJordan/Muon; its scaling to large models, Moonlight, arXiv:2502.16982.
 """
@@ -12,91 +12,30 @@ Source: Muon, Keller Jordan, github.com/KellerJordan/Muon; its scaling to large 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from vlkit.errors import ConfigError, OptimizerStateError
-from vlkit.optim.newton_schulz import BATCH_BYTES, BATCHED_BELOW, Form, NewtonSchulz, Norm, Triple
+from vlkit.optim.newton_schulz import Form, NewtonSchulz, Norm, Triple
+from vlkit.optim.units import Units, units_of
+from vlkit.optim.update import (
+    ADJUST_LR,
+    AdjustLr,
+    Block,
+    adamw_update,
+    apply_update,
+    batches,
+    global_norm,
+    orthogonalize_units,
+    update_momentum,
+)
 
-AdjustLr: TypeAlias = Literal["match_rms_adamw", "original", "spectral_unclamped", "none"]
 Group: TypeAlias = dict[str, Any]
-
-ADJUST_LR: dict[str, Callable[[int, int, float], float]] = {
-    # An orthogonal matrix has elements of size 1 / sqrt(max(rows, cols)); AdamW's updates are 0.2 to 0.4.
-    "match_rms_adamw": lambda rows, cols, rms: rms * math.sqrt(max(rows, cols)),
-    "original": lambda rows, cols, rms: math.sqrt(max(1.0, rows / cols)),
-    "spectral_unclamped": lambda rows, cols, rms: math.sqrt(rows / cols),
-    "none": lambda rows, cols, rms: 1.0,
-}
-
-
-@dataclass(frozen=True)
-class Units:
-    """Equal matrices inside one parameter: seen as [count, parent_rows, cols], rows `start` to `start + rows` of each.
-
-    Attributes:
-        count: Matrices: the experts of a stack, else 1.
-        parent_rows: Rows of one matrix before it is split in row blocks.
-        start: First row.
-        rows: Rows of a unit.
-        cols: Columns of a unit.
-    """
-
-    count: int
-    parent_rows: int
-    start: int
-    rows: int
-    cols: int
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """The units of a contiguous tensor of the parameter's shape, [count, rows, cols], sharing memory."""
-        whole = tensor.view(self.count, self.parent_rows, self.cols)
-        return whole if self.rows == self.parent_rows else whole[:, self.start : self.start + self.rows]
-
-
-def units_of(parameter: Tensor, name: str = "parameter") -> list[Units]:
-    """The units of a parameter, in row order.
-
-    2-D is one matrix, 3-D a stack of matrices, more axes a convolution kernel flattened to [out, everything else]. Two
-    attributes of the parameter say otherwise: `muon_splits`, row counts of the blocks of a fused weight (query, key and
-    value; gate and up; or the heads of a projection, one by one), and `muon_flatten = True`, for 3-D kernels of 1-D
-    convolutions.
-
-    Raises:
-        ConfigError: Fewer than two axes, or splits that do not add up to the rows.
-    """
-    shape = tuple(parameter.shape)
-    if len(shape) < 2:
-        raise ConfigError(
-            f"{name} has shape {shape}: Muon takes matrices. Give it to a group with algorithm='adamw', "
-            f"as muon_param_groups(model) does"
-        )
-    if len(shape) == 3 and not getattr(parameter, "muon_flatten", False):
-        count, rows, cols = shape
-    else:
-        count, rows, cols = 1, shape[0], math.prod(shape[1:])
-    declared = tuple(getattr(parameter, "muon_splits", ()))
-    splits = declared or (rows,)
-    if declared and (sum(splits) != rows or min(splits) < 1):
-        raise ConfigError(f"{name}: muon_splits={splits} adds up to {sum(splits)} rows, the weight has {rows}")
-    starts = [sum(splits[:i]) for i in range(len(splits))]
-    return [Units(count, rows, start, size, cols) for start, size in zip(starts, splits, strict=True)]
-
-
-@dataclass
-class _Block:
-    """Units of one parameter that are treated together, as views [count, rows, cols]."""
-
-    weight: Tensor
-    grad: Tensor
-    momentum: Tensor
 
 
 class Muon(torch.optim.Optimizer):
@@ -261,7 +200,7 @@ class Muon(torch.optim.Optimizer):
                 raise ConfigError(
                     f"Muon takes dense gradients, found {grad.layout}; build the embedding with sparse=False"
                 )
-        norm = _global_norm(grads)
+        norm = global_norm(grads)
         self.last_grad_norm = norm
         value = norm.item()
         if not math.isfinite(value) and not all(bool(grad.isfinite().all()) for grad in grads):
@@ -277,7 +216,7 @@ class Muon(torch.optim.Optimizer):
         newton_schulz = _newton_schulz(
             *(_hashable(group[key]) for key in ("ns", "ns_steps", "ns_norm", "ns_dtype", "ns_form"))
         )
-        blocks: list[_Block] = []
+        blocks: list[Block] = []
         copies: list[tuple[Tensor, Tensor]] = []
         for parameter, grad in zip(parameters, grads, strict=True):
             weight = parameter.contiguous()  # a copy only for layouts such as channels_last
@@ -285,42 +224,27 @@ class Muon(torch.optim.Optimizer):
                 copies.append((parameter, weight))
             momentum, grad = self._state_of(parameter, group)["momentum_buffer"], grad.contiguous()
             blocks += [
-                _Block(units.view(weight), units.view(grad), units.view(momentum)) for units in self._units[parameter]
+                Block(units.view(weight), units.view(grad), units.view(momentum)) for units in self._units[parameter]
             ]
-        for batch in _batches(blocks):
-            directions = _momentum(batch, group["momentum"], group["nesterov"])
-            results = _orthogonalize(directions, newton_schulz)
+        for batch in batches(blocks):
+            directions = update_momentum(batch, group["momentum"], group["nesterov"])
+            results = orthogonalize_units(directions, newton_schulz)
             rows, cols = batch[0].weight.shape[1:]
             factor = ADJUST_LR[group["adjust_lr"]](rows, cols, group["rms_scale"])
-            _apply([block.weight for block in batch], results, 1 - lr * decay, -lr * factor)
+            apply_update([block.weight for block in batch], results, 1 - lr * decay, -lr * factor)
         for parameter, weight in copies:
             parameter.copy_(weight)
 
     def _adamw_step(self, group: Group, parameters: list[Tensor], grads: list[Tensor]) -> None:
-        states = [self._state_of(parameter, group) for parameter in parameters]
-        weights = [parameter.to(state["exp_avg"].dtype) for parameter, state in zip(parameters, states, strict=True)]
-        grads = [grad.to(state["exp_avg"].dtype) for grad, state in zip(grads, states, strict=True)]
-        fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-        adamw(
-            weights,
+        adamw_update(
+            parameters,
             grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            foreach=False if fused else None,
-            fused=fused,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
+            [self._state_of(parameter, group) for parameter in parameters],
             lr=group["lr"],
+            betas=group["betas"],
             weight_decay=group["weight_decay"],
             eps=group["adam_eps"],
-            maximize=False,
         )
-        for parameter, weight in zip(parameters, weights, strict=True):
-            if weight is not parameter:
-                parameter.copy_(weight)
 
     # State
 
@@ -402,78 +326,6 @@ class Muon(torch.optim.Optimizer):
                         f"build the groups in the same order"
                     )
         return list(zip(saved_groups, self.param_groups, strict=True))
-
-
-def _batches(blocks: Iterable[_Block]) -> Iterator[list[_Block]]:
-    """Blocks of equal unit shape, device and dtypes: small units as many together as stay near the caches, large
-    ones one by one.
-    """
-    waiting: dict[tuple[object, ...], list[_Block]] = {}
-    for block in blocks:
-        count, rows, cols = block.weight.shape
-        if min(rows, cols) >= BATCHED_BELOW:
-            for i in range(count):
-                part = slice(i, i + 1)
-                yield [_Block(block.weight[part], block.grad[part], block.momentum[part])]
-        else:
-            key = (rows, cols, block.weight.device, block.weight.dtype, block.grad.dtype, block.momentum.dtype)
-            waiting.setdefault(key, []).append(block)
-    for equal in waiting.values():
-        batch: list[_Block] = []
-        size = 0
-        for block in equal:
-            if batch and size + block.weight.numel() * 2 > BATCH_BYTES:
-                yield batch
-                batch, size = [], 0
-            batch.append(block)
-            size += block.weight.numel() * 2
-        yield batch
-
-
-def _momentum(blocks: list[_Block], momentum: float, nesterov: bool) -> list[Tensor]:
-    """Move the running means towards the gradients, and return the directions; elementwise, so exact on any slice of
-    a unit.
-    """
-    state = [block.momentum for block in blocks]
-    wide = torch.promote_types(state[0].dtype, torch.float32)
-    means = _cast(state, wide)
-    grads = _cast([block.grad for block in blocks], wide)
-    torch._foreach_lerp_(means, grads, 1 - momentum)
-    if means[0] is not state[0]:
-        torch._foreach_copy_(state, means)
-    return list(torch._foreach_lerp(grads, means, momentum)) if nesterov else means
-
-
-def _orthogonalize(directions: list[Tensor], newton_schulz: NewtonSchulz) -> list[Tensor]:
-    """The orthogonalised units, in the dtype of the directions; one batched product for all."""
-    dtype = newton_schulz.compute_dtype(directions[0].device)
-    if len(directions) == 1:
-        return [newton_schulz(directions[0].to(dtype)).to(directions[0].dtype)]
-    counts = [len(direction) for direction in directions]
-    stacked = directions[0].new_empty(sum(counts), *directions[0].shape[1:], dtype=dtype)
-    torch._foreach_copy_(list(stacked.split(counts)), directions)
-    return list(newton_schulz(stacked).to(directions[0].dtype).split(counts))
-
-
-def _apply(weights: list[Tensor], updates: list[Tensor], decay: float, scale: float) -> None:
-    """weight <- decay * weight + scale * update, rounded once."""
-    wide = _cast(weights, updates[0].dtype)
-    if decay != 1.0:
-        torch._foreach_mul_(wide, decay)
-    torch._foreach_add_(wide, updates, alpha=scale)
-    if wide[0] is not weights[0]:
-        torch._foreach_copy_(weights, wide)
-
-
-def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return tensors if tensors[0].dtype == dtype else [tensor.to(dtype) for tensor in tensors]
-
-
-def _global_norm(grads: list[Tensor]) -> Tensor:
-    """The 2-norm over all gradients, accumulated in fp32 (or fp64), on the device of the first."""
-    wide = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
-    norms = torch._foreach_norm(grads, 2, dtype=wide)
-    return torch.linalg.vector_norm(torch.stack([norm.to(grads[0].device) for norm in norms]))
 
 
 def _named(group: Group) -> list[tuple[Tensor, str]]:
