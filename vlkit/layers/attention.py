@@ -29,6 +29,7 @@ from vlkit.layers.attention_fused import attend_flash, attend_flex, attend_varle
 from vlkit.layers.attention_inputs import heads_fit, read_lengths
 from vlkit.layers.attention_plain import attend_plain
 from vlkit.layers.attention_sdpa import attend_sdpa
+from vlkit.layers.autocast import autocast_dtype
 from vlkit.packing import Layout, Segments
 
 Backend = Literal["auto", "plain", "sdpa", "varlen", "flash", "flex"]
@@ -73,8 +74,9 @@ def attention(
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))  # as torch's own attention does
+    narrow = autocast_dtype(q)
+    if narrow is not None and q.dtype != torch.float64:
+        q, k, v = (x.to(narrow) for x in (q, k, v))  # as torch's own attention does
     elif not q.dtype == k.dtype == v.dtype:
         raise LayoutError(f"attention: q is {q.dtype}, k {k.dtype} and v {v.dtype}; expected one dtype")
     if backend == "auto":

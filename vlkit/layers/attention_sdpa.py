@@ -193,7 +193,7 @@ _operator.register_autograd(_differentiate, setup_context=_keep)
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout | Segments, causal: bool, scale: float) -> Tensor:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or q.is_meta:
         offsets = layout.cu_seqlens("cpu") if isinstance(layout, Layout) else layout.offsets
         return _operator(q, k, v, offsets, causal, scale)[0]
     lengths = read_lengths(layout)

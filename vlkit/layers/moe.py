@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vlkit.errors import ConfigError
+from vlkit.layers.autocast import autocast_dtype, without_autocast
 
 CHUNK_BYTES = 2**20  # experts whose rows fit a core's cache together share the steps between their products
 ROW_BLOCK = 8  # rows; a multiple of the row tile of the CPU kernels measured (MKL: 4 in fp64, 4 in fp32 below 12 rows)
@@ -117,7 +118,7 @@ class Router(nn.Module):
 
     def forward(self, x: Float[Tensor, "tokens dim"]) -> Routing:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             logits = F.linear(x.to(dtype), self.weight.to(dtype))
             scores = logits.softmax(-1) if self.scoring == "softmax" else logits.sigmoid()
             with torch.no_grad():
@@ -200,13 +201,13 @@ class Experts(nn.Module):
         gate: Tensor = self.gate
         up: Tensor = self.up
         down: Tensor = self.down
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = autocast_dtype(x)
+        if dtype is not None:
             x, gate, up, down = x.to(dtype), gate.to(dtype), up.to(dtype), down.to(dtype)
         if self.kernel == "grouped" or (self.kernel == "auto" and _grouped_can_run(x, gate)):
             return _grouped_experts(x, experts, weights, gate, up, down)
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, gate, up, down))
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or x.is_meta:
             return torch.ops.vlkit.experts(x, experts, weights, gate, up, down, keep)[0]
         if keep:  # the same functions without the dispatcher, which costs more than a small expert does
             return _ExpertsFunction.apply(x, experts, weights, gate, up, down)
