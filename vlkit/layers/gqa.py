@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vlkit.errors import ConfigError, LayoutError
 from vlkit.layers.attention import Backend, attention
 from vlkit.layers.cache import Cache
+from vlkit.layers.heads import HeadAxis, head_columns, head_rows
 from vlkit.layers.norm import RMSNorm
 from vlkit.layers.rope import Pairing, Rotary, apply_rotary
 from vlkit.packing import Layout, Segments
@@ -50,7 +51,9 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         if num_heads % num_kv_heads:
             raise ConfigError(f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}")
-        self.head_dim = head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.scale = head_dim**-0.5
+        self.causal = True
         self.pairing = pairing
         self.q = nn.Linear(dim, num_heads * head_dim, bias=qkv_bias)
         self.k = nn.Linear(dim, num_kv_heads * head_dim, bias=qkv_bias)
@@ -78,12 +81,8 @@ class GroupedQueryAttention(nn.Module):
             layer: Whose rows of the cache to use.
             backend: See vlkit.layers.attention.
         """
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rotary(q, rotary, pairing=self.pairing), apply_rotary(k, rotary, pairing=self.pairing)
-        if rotary.query_scale is not None:
-            q = q * rotary.query_scale.to(q.dtype)[:, None, None]
+        q, k = self.queries_and_keys(x, rotary)
+        v = self.v(x).unflatten(-1, (-1, self.head_dim))
         if cache is None:
             out = attention(q, k, v, layout=layout, causal=True, backend=backend)
         else:
@@ -95,6 +94,30 @@ class GroupedQueryAttention(nn.Module):
             else:  # nothing came before: what has just been computed is all there is
                 out = attention(q, k, v, layout=layout, causal=True, backend=backend)
         return self.out(out.flatten(-2))
+
+    def queries_and_keys(self, x: Float[Tensor, "tokens dim"], rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """What the scores are products of: [tokens, heads, head_dim] and [tokens, kv_heads, head_dim]."""
+        q, k = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rotary(q, rotary, pairing=self.pairing), apply_rotary(k, rotary, pairing=self.pairing)
+        if rotary.query_scale is not None:
+            q = q * rotary.query_scale.to(q.dtype)[:, None, None]
+        return q, k
+
+    @property
+    def normalizes_heads(self) -> bool:
+        """Whether q and k are brought to one length, whatever their projections give."""
+        return self.q_norm is not None
+
+    def head_axes(self) -> dict[str, HeadAxis]:
+        """The heads in each projection; see vlkit.layers.heads."""
+        return {
+            "q": head_rows("q", self.num_heads, self.head_dim),
+            "k": head_rows("k", self.num_kv_heads, self.head_dim),
+            "v": head_rows("v", self.num_kv_heads, self.head_dim),
+            "out": head_columns(self.num_heads, self.head_dim),
+        }
 
 
 def host_layout(layout: Layout | Segments) -> Layout:

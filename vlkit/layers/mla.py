@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vlkit.layers.attention import Backend, attention
 from vlkit.layers.cache import Cache
 from vlkit.layers.gqa import host_layout
+from vlkit.layers.heads import HeadAxis, Heads, head_columns
 from vlkit.layers.norm import RMSNorm
 from vlkit.layers.rope import Pairing, Rotary, apply_rotary
 from vlkit.packing import Layout, Segments
@@ -57,6 +58,8 @@ class LatentAttention(nn.Module):
         self.kv_rank, self.nope_dim, self.rope_dim, self.value_dim = kv_rank, nope_dim, rope_dim, value_dim
         self.pairing = pairing
         self.scale = (nope_dim + rope_dim) ** -0.5
+        self.causal = True
+        self.normalizes_heads = False  # the latent's norm comes before the heads
         self.q = nn.Linear(dim, num_heads * (nope_dim + rope_dim), bias=False)
         self.kv_down = nn.Linear(dim, kv_rank + rope_dim, bias=False)
         self.kv_norm = RMSNorm(kv_rank, eps=kv_norm_eps)
@@ -82,11 +85,7 @@ class LatentAttention(nn.Module):
             layer: Whose rows of the cache to use.
             backend: See vlkit.layers.attention.
         """
-        q_nope, q_rope = self.q(x).unflatten(-1, (self.num_heads, -1)).split([self.nope_dim, self.rope_dim], dim=-1)
-        q_rope = apply_rotary(q_rope, rotary, pairing=self.pairing)
-        latent, k_rope = self.kv_down(x).split([self.kv_rank, self.rope_dim], dim=-1)
-        latent = self.kv_norm(latent)
-        k_rope = apply_rotary(k_rope.unsqueeze(1), rotary, pairing=self.pairing)  # [T, 1, R]
+        q_nope, q_rope, latent, k_rope = self._project(x, rotary)
         if cache is not None:
             layout = host_layout(layout)
             (stored,) = cache.write(layer, layout, torch.cat([latent, k_rope.squeeze(1)], dim=-1))
@@ -94,13 +93,35 @@ class LatentAttention(nn.Module):
                 lengths = cache.key_lengths(layout)
                 attend = self._absorbed if _is_matrix(self.kv_up) else self._expanded
                 return self.out(attend(q_nope, q_rope, stored, layout, lengths, backend).flatten(-2))
-        k_nope, v = (
-            self.kv_up(latent).unflatten(-1, (self.num_heads, -1)).split([self.nope_dim, self.value_dim], dim=-1)
-        )
-        q = torch.cat([q_nope, q_rope], dim=-1)
-        k = torch.cat([k_nope, k_rope.expand(-1, self.num_heads, -1)], dim=-1)
+        q, k, v = self._expand(q_nope, q_rope, latent, k_rope)
         out = attention(q, k, v, layout=layout, causal=True, scale=self.scale, backend=backend)
         return self.out(out.flatten(-2))
+
+    def queries_and_keys(self, x: Float[Tensor, "tokens dim"], rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """What the scores are products of, both [tokens, heads, nope + rope]."""
+        q, k, _ = self._expand(*self._project(x, rotary))
+        return q, k
+
+    def head_axes(self) -> dict[str, HeadAxis]:
+        """The heads in each projection; see vlkit.layers.heads. What is shared by all heads, kv_down, is not among them."""
+        q = Heads(self.num_heads, (("q_nope", self.nope_dim), ("q_rope", self.rope_dim)))
+        kv = Heads(self.num_heads, (("k_nope", self.nope_dim), ("v", self.value_dim)))
+        out = head_columns(self.num_heads, self.value_dim)
+        return {"q": HeadAxis(0, (q,)), "kv_up": HeadAxis(0, (kv,)), "out": out}
+
+    def _project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q_nope [T, H, N], rotated q_rope [T, H, R], normed latent [T, C], rotated k_rope [T, 1, R]."""
+        q_nope, q_rope = self.q(x).unflatten(-1, (self.num_heads, -1)).split([self.nope_dim, self.rope_dim], dim=-1)
+        latent, k_rope = self.kv_down(x).split([self.kv_rank, self.rope_dim], dim=-1)
+        q_rope, k_rope = (apply_rotary(x, rotary, pairing=self.pairing) for x in (q_rope, k_rope.unsqueeze(1)))
+        return q_nope, q_rope, self.kv_norm(latent), k_rope
+
+    def _expand(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q and k [T, H, N + R] and v [T, H, V] of all heads."""
+        up = self.kv_up(latent).unflatten(-1, (self.num_heads, -1))
+        k_nope, v = up.split([self.nope_dim, self.value_dim], dim=-1)
+        k = torch.cat([k_nope, k_rope.expand(-1, self.num_heads, -1)], dim=-1)
+        return torch.cat([q_nope, q_rope], dim=-1), k, v
 
     def _absorbed(
         self, q_nope: Tensor, q_rope: Tensor, stored: Tensor, layout: Layout, lengths: list[int], backend: Backend

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlkit.layers.attention import Backend, attention
+from vlkit.layers.heads import HeadAxis, head_columns, head_rows
 from vlkit.layers.rope import Pairing, Rotary, apply_rotary
 from vlkit.packing import Layout, Segments
 
@@ -25,7 +26,10 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, *, bias: bool = True, pairing: Pairing = "half") -> None:
         super().__init__()
-        self.num_heads, self.pairing = num_heads, pairing
+        self.num_heads, self.head_dim, self.pairing = num_heads, dim // num_heads, pairing
+        self.scale = self.head_dim**-0.5
+        self.causal = False
+        self.normalizes_heads = False
         self.q = nn.Linear(dim, dim, bias=bias)
         self.k = nn.Linear(dim, dim, bias=bias)
         self.v = nn.Linear(dim, dim, bias=bias)
@@ -39,7 +43,18 @@ class SelfAttention(nn.Module):
         *,
         backend: Backend = "auto",
     ) -> Float[Tensor, "tokens dim"]:
-        q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q, self.k, self.v))
+        q, k = self.queries_and_keys(x, rotary)
+        v = self.v(x).unflatten(-1, (self.num_heads, -1))
+        return self.out(attention(q, k, v, layout=layout, backend=backend).flatten(-2))
+
+    def queries_and_keys(self, x: Float[Tensor, "tokens dim"], rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        """What the scores are products of, both [tokens, heads, head_dim]."""
+        q, k = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q, self.k))
         if rotary is not None:
             q, k = apply_rotary(q, rotary, pairing=self.pairing), apply_rotary(k, rotary, pairing=self.pairing)
-        return self.out(attention(q, k, v, layout=layout, backend=backend).flatten(-2))
+        return q, k
+
+    def head_axes(self) -> dict[str, HeadAxis]:
+        """The heads in each projection; see vlkit.layers.heads."""
+        rows = {role: head_rows(role, self.num_heads, self.head_dim) for role in ("q", "k", "v")}
+        return {**rows, "out": head_columns(self.num_heads, self.head_dim)}

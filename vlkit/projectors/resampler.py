@@ -23,6 +23,7 @@ from vlkit.config import Config, Positive, Size
 from vlkit.errors import ConfigError, LayoutError
 from vlkit.hub.keymap import KeyMap, rename, reshape, split
 from vlkit.layers.attention_sdpa import attend_rows
+from vlkit.layers.heads import HeadAxis, head_columns, head_rows
 from vlkit.layers.norm import LayerNorm
 from vlkit.layers.position import PositionTable, list_to_table, table_to_cells
 from vlkit.packing import Layout, Packed
@@ -102,6 +103,12 @@ class CrossAttention(nn.Module):
         self.k = nn.Linear(dim, dim)
         self.v = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
+
+    def head_axes(self) -> dict[str, HeadAxis]:
+        """The heads in each projection; see vlkit.layers.heads."""
+        head_dim = self.q.out_features // self.num_heads
+        rows = {role: head_rows(role, self.num_heads, head_dim) for role in ("q", "k", "v")}
+        return {**rows, "out": head_columns(self.num_heads, head_dim)}
 
     def forward(
         self,

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from vlkit.config import Config, Depth
 from vlkit.errors import ConfigError, KeyMismatchError, MissingDependencyError, UnknownModelError
 from vlkit.layers.attention import Backend, attention
+from vlkit.layers.heads import HeadAxis, Heads, head_columns, head_rows
 from vlkit.layers.position import interpolate_positions
 from vlkit.layers.rope import Pairing, Rotary, apply_rotary
 from vlkit.packing import Layout, Packed, Segments
@@ -235,6 +236,17 @@ class PackedAttention(nn.Module):
         for bias in (self.q_bias, self.v_bias):
             if bias is not None:
                 nn.init.zeros_(bias)
+
+    def head_axes(self) -> dict[str, HeadAxis]:
+        """The heads in each projection; see vlkit.layers.heads."""
+        head_dim = self.proj.in_features // self.num_heads
+        counts = {"q": self.num_heads, "k": self.num_kv_heads, "v": self.num_kv_heads}
+        if self.qkv is None:
+            rows = {f"{role}_proj": head_rows(role, count, head_dim) for role, count in counts.items()}
+        else:
+            heads = (Heads(count, ((role, head_dim),)) for role, count in counts.items())
+            rows = {"qkv": HeadAxis(0, tuple(heads))}
+        return {**rows, "proj": head_columns(self.num_heads, head_dim)}
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.qkv is None:
