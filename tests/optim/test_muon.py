@@ -248,7 +248,7 @@ def test_units_say_where_they_are() -> None:
     weight = torch.zeros(2, 5, 3)
     weight.muon_splits = (4, 1)
     first, second = units_of(weight)
-    assert (first.count, first.rows, second.rows, second.start) == (2, 4, 1, 4)
+    assert (first.count, first.rows, second.rows, second.offset) == (2, 4, 1, 12)
     second.view(weight).fill_(1)
     assert weight[:, 4].eq(1).all()
     assert weight.sum() == 6
