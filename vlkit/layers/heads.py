@@ -12,12 +12,12 @@ class Heads(NamedTuple):
     """Heads side by side in a weight.
 
     Attributes:
-        count: Heads.
+        num_heads: How many.
         channels: What a head is made of, in order: (role, number of channels). Roles are "q", "k" and "v", with "_nope" or
             "_rope" where only some channels are rotated.
     """
 
-    count: int
+    num_heads: int
     channels: tuple[tuple[str, int], ...]
 
 
@@ -28,11 +28,11 @@ class HeadAxis(NamedTuple):
     heads: tuple[Heads, ...]
 
 
-def head_rows(role: str, count: int, channels: int) -> HeadAxis:
+def head_rows(role: str, num_heads: int, channels: int) -> HeadAxis:
     """Rows of a projection into heads of one kind."""
-    return HeadAxis(0, (Heads(count, ((role, channels),)),))
+    return HeadAxis(0, (Heads(num_heads, ((role, channels),)),))
 
 
-def head_columns(count: int, channels: int) -> HeadAxis:
+def head_columns(num_heads: int, channels: int) -> HeadAxis:
     """Columns of the projection that joins the heads' values."""
-    return HeadAxis(1, (Heads(count, (("v", channels),)),))
+    return HeadAxis(1, (Heads(num_heads, (("v", channels),)),))
