@@ -23,7 +23,15 @@ import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "vlkit.models", "vlkit.optim", "vlkit.testing"]
+    [
+        "torch",
+        "torch._dynamo",  # the first DTensor imports it, in half a second
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint",
+        "vlkit.models",
+        "vlkit.optim",
+        "vlkit.testing",
+    ]
 )
 
 
