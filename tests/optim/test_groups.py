@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 import vlkit
 from vlkit.errors import ConfigError
-from vlkit.optim import Muon, ParamGroups, muon_param_groups
+from vlkit.optim import Muon, ParamGroups, freeze, muon_param_groups, warmup_decay
+from vlkit.optim.units import units_of
 from vlkit.registry import component, list_components
 
 
@@ -155,7 +160,7 @@ def test_report_prints_every_parameter() -> None:
     lines = text.splitlines()
     assert len(lines) == len(list(Zoo().parameters())) + 1
     assert lines[-1] == "6 muon, 13 adamw, 3 none"
-    assert any(line.split() == ["experts.up", "4x6x8", "muon", "experts"] for line in lines)
+    assert any(line.split() == ["experts.up", "4x6x8", "muon", "lr", "decay", "4", "6x8", "experts"] for line in lines)
 
 
 def test_optimizer_takes_the_groups_and_keeps_the_names() -> None:
@@ -205,3 +210,247 @@ def test_models_train_with_their_groups(name: str) -> None:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     assert not [n for n, p in model.named_parameters() if torch.equal(p, before[n]) == p.requires_grad]
+
+
+# Rates, layer-wise decay, frozen parts
+
+
+def tiny(name: str = "kimi-vl-tiny") -> nn.Module:
+    with torch.device("meta"):
+        return vlkit.create_model(name)
+
+
+def rates(groups: ParamGroups) -> dict[str, float | None]:
+    """What the optimizer would use, by name; None for its own rate."""
+    return {name: group.get("lr") for group in groups for name in group["param_names"]}
+
+
+def test_every_part_gets_its_rate_and_the_longest_name_decides() -> None:
+    lr = {
+        "": 1e-3,
+        "vision": 1e-5,
+        "vision.blocks.*.mlp": 2e-5,
+        "vision.blocks.0": 3e-5,
+        "vision.blocks.0.mlp.fc1": 4e-5,
+    }
+    found = rates(muon_param_groups(tiny(), lr=lr))
+    assert found["llm.blocks.0.attn.q.weight"] == 1e-3
+    assert found["projector.fc1.bias"] == 1e-3
+    assert found["vision.blocks.1.attn.q.weight"] == 1e-5
+    assert found["vision.blocks.1.mlp.fc1.weight"] == 2e-5
+    assert found["vision.blocks.0.attn.q.weight"] == 3e-5
+    assert found["vision.blocks.0.mlp.fc2.weight"] == 2e-5  # four words are more than three
+    assert found["vision.blocks.0.mlp.fc1.weight"] == 4e-5
+
+
+def test_what_no_part_names_gets_the_rate_of_the_optimizer() -> None:
+    groups = muon_param_groups(tiny(), lr={"vision": 1e-5})
+    assert rates(groups)["llm.embedding.weight"] is None
+    optimizer = Muon(groups, lr=0.5)
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-5, 0.5}
+
+
+def test_one_word_is_not_the_beginning_of_another() -> None:
+    """`vision` is no part of `vision2`."""
+    model = nn.ModuleDict({"vision": nn.Linear(3, 3), "vision2": nn.Linear(3, 3)})
+    assert rates(muon_param_groups(model, lr={"vision": 1e-5}))["vision2.weight"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lr": {"visoin": 1e-5}}, "lr: 'visoin' names no parameter; parts of this model are vision, projector, llm"),
+        ({"lr": {"llm.blocks.*.mlp": 1.0, "llm.blocks.0.*": 1.0}}, "fit llm.blocks.0.mlp.gate.weight equally well"),
+        ({"lr": {"llm": -1.0}}, "'llm' has the rate -1.0"),
+        ({"lr": {"llm": "fast"}}, "'llm' has the rate 'fast'"),
+        ({"lr": {"llm": float("nan")}}, "'llm' has the rate nan"),
+        ({"layer_decay": {"vision": 0.8}}, "lr names none for vision"),
+        ({"lr": {"": 1.0}, "layer_decay": {"vision": 1.2}}, r"'vision' has the factor 1.2, expected one in \(0, 1\]"),
+        ({"lr": {"": 1.0}, "layer_decay": {"projector": 0.8}}, "'projector' has 0 stacks"),
+        ({"lr": {"": 1.0}, "layer_decay": {"": 0.8}}, "'' has 2 stacks"),
+        ({"lr": {"": 1.0}, "layer_decay": {"vision.*.0": 0.8}}, "is no module of the model"),
+        ({"lr": {"": 1.0}, "layer_decay": {"visoin": 0.8}}, "layer_decay: 'visoin' names no parameter"),
+        ({"splits": "head"}, "splits: 'head' is not one of 'declared', 'heads'"),
+    ],
+)
+def test_rates_that_cannot_be_meant_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        muon_param_groups(tiny(), **options)
+
+
+def test_layer_decay_is_that_of_beit() -> None:
+    """lr d^(L + 1 - k): the patch embedding is k = 0, block j is k = j from 1, and what follows the blocks k = L + 1."""
+    model = tiny()
+    num_blocks = len(model.vision.blocks)
+    groups = muon_param_groups(model, lr={"": 1e-3, "vision": 2e-3}, layer_decay={"vision": 0.8})
+    found = rates(groups)
+    expected = {
+        "vision.patch_embed.proj.weight": 2e-3 * 0.8 ** (num_blocks + 1),
+        "vision.positions.table": 2e-3 * 0.8 ** (num_blocks + 1),
+        "vision.blocks.0.attn.q.weight": 2e-3 * 0.8**num_blocks,
+        "vision.blocks.1.norm2.bias": 2e-3 * 0.8 ** (num_blocks - 1),
+        "vision.norm.weight": 2e-3,
+        "projector.fc1.weight": 1e-3,
+        "llm.blocks.0.attn.q.weight": 1e-3,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+    row = next(row for row in groups.report.rows if row.name == "vision.blocks.0.attn.q.weight")
+    assert row.factor == pytest.approx(0.8**num_blocks)
+    assert f"{row.lr:.3g} (x{row.factor:.3g})" in str(groups.report)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in ("vision", "llm") for name in list_components(kind, "*-tiny")]
+)
+def test_layer_decay_finds_the_ends_of_every_tower_and_decoder(kind: str, name: str) -> None:
+    """What turns inputs into tokens is below the first block, the last norm and the head above the last, in every part."""
+    part = component(kind, name)
+    with torch.device("meta"):
+        model = nn.ModuleDict({"part": part.module(part.configs[name])})
+    factors = {
+        row.name.removeprefix("part."): row.factor
+        for row in muon_param_groups(model, lr={"": 1.0}, layer_decay={"part": 0.5}).report.rows
+    }
+    words = {name: set(name.split(".")) for name in factors}
+    below = {"patch_embed", "positions", "embedding", "pos_embed", "cls_token", "reg_token", "norm_pre", "patch_norm"}
+    num_blocks = max(int(name.split("blocks.")[1].split(".")[0]) for name in factors if "blocks." in name) + 1
+    for parameter, factor in factors.items():
+        if "blocks." in parameter:
+            level = int(parameter.split("blocks.")[1].split(".")[0]) + 1
+        else:
+            level = 0 if words[parameter] & below else num_blocks + 1
+        assert factor == 0.5 ** (num_blocks + 1 - level), parameter
+
+
+def test_schedules_multiply_every_rate() -> None:
+    """With the ratios between parts and layers kept."""
+    model = vlkit.create_model("kimi-vl-tiny")
+    groups = muon_param_groups(model, lr={"llm": 1e-3, "vision": 1e-4}, layer_decay={"vision": 0.8})
+    optimizer = Muon(groups, lr=0.1)
+    before = [group["lr"] for group in optimizer.param_groups]
+    scheduler = LambdaLR(optimizer, partial(warmup_decay, total=10, warmup=4))
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate / 4 for rate in before])
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate / 2 for rate in before])
+    assert len(set(before)) > 4
+
+
+def test_frozen_parts_leave_the_groups_and_do_not_move() -> None:
+    """After one step exactly the expected names have changed, all others bit for bit the same."""
+    model = vlkit.create_model("kimi-vl-tiny")
+    freeze(model, ["vision", "llm.embedding"], thaw=["vision.blocks.1", "vision.norm"])
+    groups = muon_param_groups(model, lr={"vision": 1e-2, "llm": 1e-2})
+    optimizer = Muon(groups, lr=1e-2)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    expected = {
+        name
+        for name in before
+        if name.startswith(("vision.blocks.1.", "vision.norm.", "projector.", "llm."))
+        and not name.startswith("llm.embedding")
+    }
+    assert changed == expected == set(rates(groups))
+    counts = groups.report.num_parameters()
+    assert counts["vision"][0] == sum(before[name].numel() for name in expected if name.startswith("vision."))
+    assert counts["llm"][1] == before["llm.embedding.weight"].numel()
+    assert counts["projector"][1] == 0
+
+
+@pytest.mark.parametrize(
+    ("parts", "thaw", "words"),
+    [
+        (["visoin"], [], "freeze: 'visoin' names no parameter"),
+        (["vision"], ["vision"], "'vision' is to be frozen and to be trained"),
+        ("vision", [], "takes lists of parts, found the text 'vision'"),
+    ],
+)
+def test_parts_that_cannot_be_frozen_are_refused(parts: Any, thaw: list[str], words: str) -> None:
+    model = tiny()
+    with pytest.raises(ConfigError, match=words):
+        freeze(model, parts, thaw=thaw)
+    assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "positions" not in name)
+
+
+# Matrices
+
+
+def matrices(groups: ParamGroups, ending: str) -> set[tuple[tuple[int, int, int], ...]]:
+    return {row.matrices for row in groups.report.rows if row.name.endswith(ending) and row.route == "muon"}
+
+
+def test_heads_become_matrices_where_asked_for() -> None:
+    """Rows of q and of what makes keys and values from the latent, columns of the output; what heads share stays whole."""
+    model = tiny()
+    config = model.llm.config
+    whole, heads = muon_param_groups(model), muon_param_groups(model, splits="heads")
+    assert matrices(whole, "llm.blocks.0.attn.q.weight") == {
+        ((1, config.num_heads * (config.nope_dim + config.rope_dim), config.dim),)
+    }
+    heads = muon_param_groups(model, splits="heads")
+    attn = "llm.blocks.0.attn."
+    assert matrices(heads, attn + "q.weight") == {((config.num_heads, config.nope_dim + config.rope_dim, config.dim),)}
+    assert matrices(heads, attn + "kv_up.weight") == {
+        ((config.num_heads, config.nope_dim + config.value_dim, config.kv_rank),)
+    }
+    assert matrices(heads, attn + "out.weight") == {((config.num_heads, config.dim, config.value_dim),)}
+    assert matrices(heads, attn + "kv_down.weight") == {((1, config.kv_rank + config.rope_dim, config.dim),)}
+    tower = model.vision.config
+    head_dim = tower.dim // tower.num_heads
+    assert matrices(heads, "vision.blocks.0.attn.k.weight") == {((tower.num_heads, head_dim, tower.dim),)}
+    assert matrices(heads, "vision.blocks.0.attn.out.weight") == {((tower.num_heads, tower.dim, head_dim),)}
+    assert matrices(heads, "mlp.fc1.weight") == matrices(whole, "mlp.fc1.weight")
+
+
+def test_the_groups_built_last_say_how_a_weight_is_cut() -> None:
+    model = tiny("andesvl-tiny")
+    weight = model.llm.blocks[0].attn.k.weight
+    config = model.llm.config
+    muon_param_groups(model, splits="heads")
+    assert units_of(weight)[0].count == config.num_kv_heads
+    muon_param_groups(model)
+    assert units_of(weight)[0].count == 1
+    weight.muon_splits = (1, weight.shape[0] - 1)  # a person's word counts more
+    muon_param_groups(model, splits="heads")
+    assert [units.rows for units in units_of(weight)] == [1, weight.shape[0] - 1]
+
+
+def test_a_fused_weight_of_timm_is_its_parts() -> None:
+    part = component("vision", "timm-tiny")
+    with torch.device("meta"):
+        model = part.module(part.configs["timm-tiny"])
+    dim = model.trunk.embed_dim
+    num_heads = model.trunk.blocks[0].attn.num_heads
+    assert matrices(muon_param_groups(model), "attn.qkv.weight") == {((3, dim, dim),)}
+    assert matrices(muon_param_groups(model, splits="heads"), "attn.qkv.weight") == {
+        ((3 * num_heads, dim // num_heads, dim),)
+    }
+
+
+@pytest.mark.parametrize("splits", ["declared", "heads"])
+@pytest.mark.parametrize("name", vlkit.list_models("*-tiny"))
+def test_every_trainable_parameter_of_every_model_is_in_one_group(name: str, splits: Any) -> None:
+    model = tiny(name)
+    groups = muon_param_groups(
+        model,
+        lr={"vision": 1e-5, "projector": 1e-4, "llm": 2e-5},
+        layer_decay={"vision": 0.9, "llm": 0.95},
+        decay_vectors=False,
+        splits=splits,
+    )
+    held = [name for group in groups for name in group["param_names"]]
+    assert sorted(held) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    assert len({id(p) for group in groups for p in group["params"]}) == len(held)
+    by_name = {row.name: row for row in groups.report.rows}
+    for group in groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            row = by_name[name]
+            assert (row.route, row.lr) == (group["algorithm"], group["lr"])
+            assert row.decays == ("weight_decay" not in group)
+            if row.route == "muon":
+                assert sum(count * rows * cols for count, rows, cols in row.matrices) == parameter.numel()

@@ -1,8 +1,8 @@
 """Muon with AdamW inside, the routing of parameters between them, and learning-rate schedules."""
 
-from vlkit.optim.groups import ParamGroups, muon_param_groups
+from vlkit.optim.groups import ParamGroups, freeze, muon_param_groups
 from vlkit.optim.muon import Muon
 from vlkit.optim.newton_schulz import orthogonalize, polar_coefficients
 from vlkit.optim.schedule import warmup_decay
 
-__all__ = ["Muon", "ParamGroups", "muon_param_groups", "orthogonalize", "polar_coefficients", "warmup_decay"]
+__all__ = ["Muon", "ParamGroups", "freeze", "muon_param_groups", "orthogonalize", "polar_coefficients", "warmup_decay"]
