@@ -1,4 +1,4 @@
-"""The command line: `vlkit demo`, `generate`, `list`, `info`.
+"""The command line: `vlkit demo`, `generate`, `train`, `list`, `info`.
 
 Heavy imports happen inside the commands, so that `vlkit --help` answers at once.
 """
@@ -130,6 +130,33 @@ def generate(
     batch = processor([{"role": "user", "content": content}], thinking=thinking).to(device)
     answer = network.generate(batch, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)[0]
     typer.echo(processor.decode(answer))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A .toml or .json file; see docs/distributed.md.")],
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on from the newest checkpoint of the run, if there is one.")
+    ] = True,
+    run: Annotated[Path | None, typer.Option(help="Folder of the run, instead of the one that CONFIG names.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the run, instead of what CONFIG says.")] = None,
+) -> None:
+    """Train a model as a file says, on one process or under torchrun.
+
+    torchrun --nproc-per-node 8 -m vlkit train CONFIG runs the same on 8 ranks. Run it again and it goes on where it was.
+    SIGTERM, SIGUSR1 and Ctrl-C finish the step and save; the exit status is then 75.
+    """
+    from vlkit.training import EXIT_STOPPED, read_train_config
+    from vlkit.training import train as begin
+
+    chosen = read_train_config(config)
+    if run is not None:
+        chosen = chosen.replace(run=str(run.resolve()))
+    if steps is not None:
+        chosen = chosen.replace(steps=steps, epochs=None)
+    result = begin(chosen, resume=resume, say=typer.echo)
+    if result.stopped_by is not None:
+        raise typer.Exit(EXIT_STOPPED)
 
 
 def _checked_device(device: str) -> str:

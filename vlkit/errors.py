@@ -5,6 +5,7 @@
     ├── LayoutError, PlaceholderMismatchError, EmptyBatchError, SequenceTooLongError, TokenError
     ├── ImageError, VideoError, TemplateError
     ├── CheckpointError ── CorruptCheckpointError, UnsafePathError, KeyMismatchError, NonFiniteWeightsError, DiskFullError
+    ├── SampleError, RankError
     └── OptimizerStateError
 
 Each class is also the usual built-in, so code that catches ValueError or OSError keeps working. A message says what was found,
@@ -93,6 +94,14 @@ class NonFiniteWeightsError(CheckpointError, ValueError):
 
 class DiskFullError(CheckpointError):
     """There is not enough free space; the message says how many bytes are needed."""
+
+
+class SampleError(VlkitError, ValueError):
+    """A sample of a data set cannot be used; the message names its file and line."""
+
+
+class RankError(VlkitError, RuntimeError):
+    """A rank of a run died, hangs, stopped with an error, or was started differently."""
 
 
 class OptimizerStateError(VlkitError, ValueError):

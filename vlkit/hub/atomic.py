@@ -68,7 +68,7 @@ def write_folder(
         raise
     if old is not None:
         _clear(old, target, replaces)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     return target
 
 
@@ -142,10 +142,10 @@ def _sync_tree(folder: Path) -> None:
         for name in names:
             with open(os.path.join(root, name), "rb") as file:
                 os.fsync(file.fileno())
-        _sync_folder(Path(root))
+        sync_folder(Path(root))
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -1,0 +1,612 @@
+"""train: a run from its config to a saved model, on one process or on as many as torchrun starts.
+
+    step s:  samples [s * batch, (s + 1) * batch) of the endless order   (data.py)
+             -> a part for every rank -> micro-batches -> loss / supervised tokens of the whole step -> gradients
+             -> Muon or AdamW -> selection bias of routers from the loads of all ranks
+
+The result depends on the config, not on the ranks: another number of them changes the order in which sums are rounded, and
+nothing else. All randomness of a step is drawn from the seed, the step and the rank, so no random state has to be saved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vlkit.errors import CheckpointError, ConfigError, CorruptCheckpointError, NonFiniteError, RankError
+from vlkit.layers.moe import Router
+from vlkit.models import VisionLanguageModel
+from vlkit.models.factory import compose, create_model, create_processor
+from vlkit.models.pretrained import from_pretrained
+from vlkit.objectives.cross_entropy import IGNORE
+from vlkit.optim import Muon, muon_param_groups, warmup_decay
+from vlkit.packing import Batch, Layout, Packed
+from vlkit.processing import Processor
+from vlkit.training import run_checkpoint
+from vlkit.training.config import PARTS, TrainConfig
+from vlkit.training.data import Conversations, StepReader, StepShare
+from vlkit.training.faults import Heartbeat, StopRequest, stop_on_signals
+from vlkit.training.ranks import Ranks, first_difference, launched, lost_rank
+
+CHECKPOINTS, METRICS, MODEL = "checkpoints", "metrics.jsonl", "model"
+# What a run may not be resumed with when it has changed; everything else may change, and is said.
+FIXED = ("model", "parameters", "processor", "data", "seed", "shuffle")
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        steps: Steps done, those of earlier parts of the run included.
+        tokens: Tokens that went through the decoder.
+        loss: Of the last step, in nats per supervised token; None if no step was done now.
+        skipped_steps: Steps whose gradients were not finite.
+        corrupt_samples: Samples left out because they cannot be used.
+        checkpoint: The newest checkpoint.
+        model: Folder of the saved model; None if the run was stopped before its end.
+        stopped_by: The signal that stopped it; None at the end of the run.
+    """
+
+    steps: int
+    tokens: int
+    loss: float | None
+    skipped_steps: int
+    corrupt_samples: int
+    checkpoint: Path | None
+    model: Path | None
+    stopped_by: str | None
+
+
+@dataclass
+class _Progress:
+    """What has to be known to go on."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    corrupt_samples: int = 0
+
+
+class _Done(NamedTuple):
+    """One step, as all ranks know it."""
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+    tokens: int
+    corrupt: int
+
+
+def train(config: TrainConfig, *, resume: bool = True, say: Say = lambda line: None) -> Result:
+    """Train, from the newest complete checkpoint of the run's folder if there is one.
+
+    On several ranks all call it with the same config; see `vlkit.training.ranks`. SIGTERM, SIGUSR1 and Ctrl-C end it after
+    the step, with a checkpoint.
+
+    Args:
+        config: The run. Relative paths are seen from the current folder; `read_train_config` makes them absolute.
+        resume: False refuses to begin in a folder that has checkpoints.
+        say: Takes lines of progress, on the first rank, and of what takes too long, on any.
+
+    Raises:
+        ConfigError: A config that cannot be run, or that is not that of the checkpoints.
+        SampleError: A sample that cannot be used.
+        NonFiniteError: Too many steps in a row whose gradients are not finite.
+        RankError: Another rank died, failed, hangs, or was started differently.
+        CheckpointError: Saving or loading failed.
+    """
+    with stop_on_signals() as stop, launched(config.device, config.ranks.timeout_minutes) as ranks:
+        name = f"rank {ranks.rank}" if ranks.size > 1 else "train"
+        with Heartbeat(say, config.ranks.heartbeat_seconds, name) as heartbeat, _random_states_kept():
+            run = _Run(config, ranks, stop, heartbeat, say)
+            try:
+                return run.go(resume)
+            except Exception as error:
+                if lost_rank(error) and ranks.size > 1:
+                    raise RankError(
+                        f"rank {ranks.rank}: another rank died or does not answer, {run.where()}\n  torch says: "
+                        f"{str(error).splitlines()[0]}"
+                    ) from error
+                error.add_note(run.where())
+                raise
+
+
+class _Run:
+    """The parts of a run, made once, and the loop over its steps."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, stop: StopRequest, heartbeat: Heartbeat, say: Say) -> None:
+        self.config, self.ranks, self.stop, self.heartbeat, self._say = config, ranks, stop, heartbeat, say
+        self.folder = Path(config.run)
+        self.progress = _Progress()
+        self.checkpoint: Path | None = None
+
+    def say(self, line: str) -> None:
+        if self.ranks.first:
+            self._say(line)
+
+    def where(self) -> str:
+        """For messages: how far the run is, and what it can be resumed from."""
+        saved = f"the newest checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint yet"
+        return f"in step {self.progress.step + 1}; {saved}"
+
+    def go(self, resume: bool) -> Result:
+        config, ranks = self.config, self.ranks
+        self.heartbeat.now("reading the data files")
+        with ranks.together():
+            data = Conversations(config.data.files)
+        self.total = config.steps or max(1, round((config.epochs or 0) * len(data) / config.batch + 0.499999))
+        self.heartbeat.now("building the model")
+        with ranks.together():
+            torch.manual_seed(config.seed)
+            self.model, processor = build_model(config)
+            freeze_parts(self.model, config)
+        self.start_fingerprint(data, processor)
+        self.forward_model = prepare_model(self.model, config, ranks)
+        self.optimizer = make_optimizer(self.model, config, ranks)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.routers = [m for m in self.model.modules() if isinstance(m, Router) and m.bias is not None]
+        self.heartbeat.now("looking for checkpoints")
+        self.restore(resume)
+        loss = None
+        with self.reader(data, processor) as reader:
+            self.model.train()
+            begun, counted = time.perf_counter(), 0
+            while self.progress.step < self.total:
+                self.heartbeat.now(f"preparing step {self.progress.step + 1}")
+                share, stopped = self.share(reader)
+                if stopped:
+                    return self.stopped(loss)
+                done = self.step(share)
+                loss, counted = done.loss, counted + done.tokens
+                if self.progress.step % config.log_every == 0 or self.progress.step == self.total:
+                    seconds = time.perf_counter() - begun
+                    self.log(done, counted / max(seconds, 1e-9))
+                    begun, counted = time.perf_counter(), 0
+                if self.progress.skipped_in_a_row > config.max_skipped_steps:
+                    raise NonFiniteError(
+                        f"{self.progress.skipped_in_a_row} steps in a row had gradients that are not finite, the last is step "
+                        f"{self.progress.step}; weights and state are those of the last good step. Lower the learning rate, "
+                        "compute in bfloat16 or float32, or look at the data"
+                    )
+                every = config.checkpoints.every
+                if every is not None and self.progress.step % every == 0 and self.progress.step < self.total:
+                    self.save()
+        self.save()
+        self.heartbeat.now("saving the model")
+        model = save_model(self.model, processor, self.folder / MODEL, ranks)
+        self.say(f"saved {model}")
+        return self.result(loss, model=model)
+
+    # The parts
+
+    def start_fingerprint(self, data: Conversations, processor: Processor) -> None:
+        """What has to be the same on all ranks, and when the run is resumed."""
+        config, model = self.config, self.model
+        self.fingerprint: dict[str, Any] = {
+            "model": model.config.to_dict(),
+            "parameters": [
+                [name, list(p.shape), str(p.dtype).removeprefix("torch."), "trained" if p.requires_grad else "frozen"]
+                for name, p in model.named_parameters()
+            ],
+            "processor": processor.config.to_dict(),
+            "data": data.fingerprint(),
+            "seed": config.seed,
+            "shuffle": config.data.shuffle,
+        }
+        weights = [float(p.detach().double().sum()) for p in model.parameters()]
+        self.ranks.check_equal(
+            {"config": config.to_dict(), **self.fingerprint, "sums of weights": [repr(w) for w in weights]},
+            "the ranks do not run the same",
+        )
+
+    def reader(self, data: Conversations, processor: Processor) -> StepReader:
+        config = self.config
+        return StepReader(
+            data,
+            processor,
+            batch=config.batch,
+            rank=self.ranks.rank,
+            num_ranks=self.ranks.size,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            skip_corrupt=config.data.corrupt == "skip",
+            max_tokens=config.data.max_tokens,
+            max_samples=config.micro_batch,
+            max_batch_tokens=config.micro_batch_tokens,
+            workers=config.data.workers,
+        )
+
+    # A step
+
+    def share(self, reader: StepReader) -> tuple[StepShare, bool]:
+        """This rank's samples of the next step, and whether the run is to stop before it."""
+        share, failure = None, None
+        try:
+            share = reader.read(self.progress.samples)
+        except Exception as error:
+            failure = error
+        self.heartbeat.now(f"waiting for the other ranks before step {self.progress.step + 1}")
+        asked = int(self.stop.asked)
+        counts = [0, 0, 0, 0] if share is None else [len(share.micro_batches), *share[1:]]
+        told = self.ranks.gather(asked, int(failure is not None), *counts)
+        if any(failed for _, failed, *_ in told):
+            with self.ranks.together():
+                if failure is not None:
+                    raise failure
+        assert share is not None
+        self.micro, self.targets, self.tokens, self.corrupt = (list(each) for each in list(zip(*told, strict=True))[2:])
+        return share, any(asked for asked, *_ in told)
+
+    def step(self, share: StepShare) -> _Done:
+        """Learn from the next step's samples."""
+        config, ranks, progress = self.config, self.ranks, self.progress
+        self.heartbeat.now(f"in step {progress.step + 1}")
+        seed_all(config.seed, progress.step, ranks.rank)
+        factor = learning_rate_factor(config, self.total, progress.step)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        loss, loads = self.gradients(share, sum(self.targets))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        told = ranks.sum(torch.cat([loss.double().view(1), *(load.double() for load in loads)]).cpu())
+        skipped = self.optimizer.last_step_skipped
+        if not skipped:
+            balance(self.routers, told[1:].split([len(load) for load in loads]), config.balance_rate)
+        norm = self.optimizer.last_grad_norm
+        progress.step += 1
+        progress.samples += config.batch
+        progress.tokens += sum(self.tokens)
+        progress.corrupt_samples += sum(self.corrupt)
+        progress.skipped_steps += skipped
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
+        return _Done(
+            float(told[0]), float("nan") if norm is None else float(norm), skipped, sum(self.tokens), sum(self.corrupt)
+        )
+
+    def gradients(self, share: StepShare, num_targets: int) -> tuple[Tensor, list[Tensor]]:
+        """Run all micro-batches. Ranks with fewer of them, or none, run a blank one, so that all exchange alike.
+
+        The ranks' gradients are averaged later, so each is scaled by the number of ranks.
+
+        Returns:
+            This rank's part of the loss, and the load of every router with a selection bias.
+        """
+        device = self.ranks.device
+        loss = torch.zeros((), device=device)
+        loads = [torch.zeros(router.weight.shape[0], device=device) for router in self.routers]
+        for place in range(max(1, *self.micro)):
+            real = place < len(share.micro_batches)
+            batch = share.micro_batches[place] if real else blank_batch(self.model)
+            with autocast(self.config, device):
+                out = self.forward_model(batch.to(device))
+            weighted = out.loss * (out.num_targets / max(num_targets, 1))
+            (weighted * self.ranks.size).backward()
+            loss = loss + weighted.detach().float()
+            if real and out.expert_load is not None and self.routers:
+                loads = [load + new for load, new in zip(loads, out.expert_load, strict=True)]
+        return loss, loads
+
+    # What is told and kept
+
+    def log(self, done: _Done, tokens_per_second: float) -> None:
+        progress, group = self.progress, self.optimizer.param_groups[0]
+        if not self.ranks.first:
+            return
+        line = (
+            f"step {progress.step}/{self.total}  loss {done.loss:.4f}  lr {group['lr']:.2e}  "
+            f"{tokens_per_second:.0f} tokens/s  grad norm {done.grad_norm:.3g}"
+        )
+        line += f"  skipped {progress.skipped_steps}" if progress.skipped_steps else ""
+        line += f"  corrupt {progress.corrupt_samples}" if progress.corrupt_samples else ""
+        self.say(line)
+        values = {
+            "step": progress.step,
+            "samples": progress.samples,
+            "tokens": progress.tokens,
+            "loss": done.loss,
+            "lr": group["lr"],
+            "grad_norm": done.grad_norm,
+            "tokens_per_second": tokens_per_second,
+            "skipped_steps": progress.skipped_steps,
+            "corrupt_samples": progress.corrupt_samples,
+        }
+        finite = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in values.items()}
+        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+    def save(self) -> None:
+        """A checkpoint of this moment, unless there is one."""
+        progress = self.progress
+        target = self.folder / CHECKPOINTS / run_checkpoint.checkpoint_name(progress.step)
+        if self.checkpoint == target:
+            return
+        self.heartbeat.now(f"saving step {progress.step}")
+        state = {
+            "progress": vars(progress),
+            "random": "drawn from seed, step and rank",
+            "schedule": {"total": self.total, **self.config.schedule.to_dict()},
+            "ranks": self.ranks.size,
+            "config": self.config.to_dict(),
+            "fingerprint": self.fingerprint,
+        }
+        self.checkpoint = run_checkpoint.save_checkpoint(
+            target.parent,
+            progress.step,
+            self.model,
+            self.optimizer,
+            state,
+            keep=self.config.checkpoints.keep,
+            group=self.ranks.group,
+        )
+        self.say(f"saved {self.checkpoint}")
+
+    def restore(self, resume: bool) -> None:
+        """Go on from the newest complete checkpoint that can be read."""
+        folder = self.folder / CHECKPOINTS
+        with self.ranks.together():
+            found: list[Path] = []
+            skipped: list[str] = []
+            if self.ranks.first:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                found, skipped = run_checkpoint.complete_checkpoints(folder)
+                if run_checkpoint.published(folder) and not resume:
+                    raise ConfigError(f"{folder} has checkpoints; resume the run, or give it another folder with `run`")
+                for path in found[:1]:
+                    self.check_resumable(path)
+        names = self.ranks.from_first([path.name for path in found])
+        for line in skipped:
+            self.say(line)
+        for name in names:
+            path = folder / name
+            try:
+                state = run_checkpoint.load_checkpoint(path, self.model, self.optimizer, group=self.ranks.group)
+            except CorruptCheckpointError as error:
+                self.say(f"{name} is skipped: {error}")
+                skipped.append(name)
+                continue
+            self.progress = _Progress(**state["progress"])
+            self.checkpoint = path
+            break
+        if skipped and self.checkpoint is None:
+            raise CheckpointError(
+                f"{folder}: no checkpoint is complete ({len(skipped)} damaged); move them away to begin anew"
+            )
+        if self.ranks.first:
+            self.set_aside(folder)
+            trim_metrics(self.folder / METRICS, self.progress.step)
+        if self.checkpoint is not None:
+            self.say(f"resumed from {self.checkpoint}, {self.total - self.progress.step} steps are left")
+
+    def set_aside(self, folder: Path) -> None:
+        """Give damaged checkpoints newer than the one resumed from another name: the run will come to their steps again."""
+        for path in run_checkpoint.published(folder):
+            if self.checkpoint is None or path.name > self.checkpoint.name:
+                os.rename(path, path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
+
+    def check_resumable(self, path: Path) -> None:
+        """Refuse to go on with another model or other data; say what else has changed."""
+        state = run_checkpoint.read_state(path)
+        saved = state["fingerprint"]
+        for key in FIXED:
+            if difference := first_difference(saved.get(key), json.loads(json.dumps(self.fingerprint[key])), key):
+                raise ConfigError(
+                    f"{path}: the run cannot go on with this config: {difference}. Give the new run another folder with `run`"
+                )
+        ours = json.loads(json.dumps(self.config.to_dict()))
+        for key, value in ours.items():
+            if key not in ("run", "model", "data") and (
+                difference := first_difference(state["config"].get(key), value, key)
+            ):
+                self.say(f"changed since {path.name}: {difference}")
+        if state["ranks"] != self.ranks.size:
+            self.say(f"changed since {path.name}: {self.ranks.size} ranks, before {state['ranks']}")
+
+    def stopped(self, loss: float | None) -> Result:
+        self.save()
+        name = self.stop.signal or "another rank was asked"
+        self.say(f"stopped by {name} after step {self.progress.step}; the same command goes on from here")
+        return self.result(loss, stopped_by=name)
+
+    def result(self, loss: float | None, *, model: Path | None = None, stopped_by: str | None = None) -> Result:
+        progress = self.progress
+        return Result(
+            progress.step,
+            progress.tokens,
+            loss,
+            progress.skipped_steps,
+            progress.corrupt_samples,
+            self.checkpoint,
+            model,
+            stopped_by,
+        )
+
+
+# Parts that stand alone
+
+
+def build_model(config: TrainConfig) -> tuple[VisionLanguageModel, Processor]:
+    """The model with weights on the host, and its processor. Without a folder the weights come from torch's random state.
+
+    Raises:
+        ConfigError: Parts that do not fit, or a model without a processor.
+    """
+    source, dtype = config.model, getattr(torch, config.dtype)
+    if source.folder is not None:
+        model = from_pretrained(source.folder, dtype=dtype, mapped=False)
+        return model, Processor.from_pretrained(source.processor or source.folder)
+    if source.name is not None:
+        model = create_model(source.name, dtype=dtype, device="cpu", **(source.overrides or {}))
+    else:
+        chosen = {part: _part(part, getattr(source, part)) for part in PARTS if getattr(source, part) is not None}
+        model = compose(**chosen, dtype=dtype, device="cpu")
+    if source.processor is not None:
+        return model, Processor.from_pretrained(source.processor)
+    return model, create_processor(source.name if source.name and not source.overrides else model)
+
+
+def _part(kind: str, value: Any) -> Any:
+    """A registered name as it is; a table with "type" as the config that it means."""
+    from vlkit.registry import component
+
+    if isinstance(value, str):
+        return value
+    fields = dict(value)
+    name = fields.pop("type", None)
+    if not isinstance(name, str):
+        raise ConfigError(f"ModelSource.{kind}: 'type' must name a registered {kind}, found {name!r}")
+    return component(kind, name).configs[name].replace(**fields)
+
+
+def freeze_parts(model: VisionLanguageModel, config: TrainConfig) -> None:
+    """Parts whose rate is 0 record no gradients."""
+    for part in PARTS:
+        getattr(model, part).requires_grad_(config.optimizer.part_rate(part) > 0)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("OptimizerOptions.part_rates: all parts are frozen, nothing is left to train")
+
+
+def prepare_model(model: VisionLanguageModel, config: TrainConfig, ranks: Ranks) -> nn.Module:
+    """The model on its device, sharded as the config says. Returns what the forward calls."""
+    if config.activation_checkpointing != "none":
+        model.gradient_checkpointing = True
+    model.to(ranks.device)
+    return model
+
+
+def make_optimizer(model: VisionLanguageModel, config: TrainConfig, ranks: Ranks) -> Muon:
+    """Muon, or AdamW for all, with the learning rates of the parts."""
+    options = config.optimizer
+    if options.kind == "muon":
+        groups: Sequence[dict[str, Any]] = muon_param_groups(model, muon=options.muon, adamw=options.adamw)
+    else:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        groups = [{"params": [p for _, p in named], "param_names": [n for n, _ in named], "algorithm": "adamw"}]
+    over_ranks: dict[str, Any] = {}
+    if ranks.group is not None:
+        over_ranks = {"process_group": ranks.group, "grad_sync": "reduce_scatter", "partition": options.partition}
+    return Muon(
+        list(_by_part(groups, config)),
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        momentum=options.momentum,
+        adjust_lr=options.adjust_lr,
+        ns=options.ns,
+        betas=options.betas,
+        adam_eps=options.adam_eps,
+        max_grad_norm=options.max_grad_norm,
+        **over_ranks,
+    )
+
+
+def _by_part(groups: Sequence[dict[str, Any]], config: TrainConfig) -> Iterator[dict[str, Any]]:
+    """The groups, cut where parts have learning rates of their own."""
+    options = config.optimizer
+    for group in groups:
+        vectors = options.vector_rate if options.kind == "muon" and group["algorithm"] == "adamw" else 1.0
+        rates = {name: options.part_rate(name.partition(".")[0]) for name in group["param_names"]}
+        for rate in dict.fromkeys(rates.values()):
+            own = [(n, p) for n, p in zip(group["param_names"], group["params"], strict=True) if rates[n] == rate]
+            lr = options.lr * rate * vectors
+            yield {**group, "params": [p for _, p in own], "param_names": [n for n, _ in own], "lr": lr}
+
+
+def learning_rate_factor(config: TrainConfig, total: int, step: int) -> float:
+    """The factor on all learning rates in a step, counted from 0."""
+    schedule = config.schedule
+    return warmup_decay(
+        step, total=total, warmup=schedule.warmup, decay=schedule.decay, shape=schedule.shape, final=schedule.final
+    )
+
+
+@torch.no_grad()
+def balance(routers: Sequence[Router], loads: Sequence[Tensor], rate: float) -> None:
+    """Make busy experts a little less likely to be chosen and idle ones more, without moving the mean of the bias.
+
+    Args:
+        routers: With a selection bias.
+        loads: Tokens per expert over all ranks, one tensor per router.
+        rate: Of the change.
+
+    Source: Auxiliary-loss-free load balancing, arXiv:2408.15664, with the centred step of Moonlight, arXiv:2502.16982.
+    """
+    if not rate:
+        return
+    for router, load in zip(routers, loads, strict=True):
+        assert router.bias is not None
+        sign = (load.mean() - load).sign()
+        router.bias += (rate * (sign - sign.mean())).to(router.bias)
+
+
+def blank_batch(model: VisionLanguageModel) -> Batch:
+    """Two tokens without a label: every parameter gets a gradient of zero."""
+    visual = {model.config.image_token_id, model.config.video_token_id}
+    plain = next(token for token in range(4) if token not in visual)
+    return Batch(Packed(torch.full((2,), plain), Layout((2,))), labels=torch.full((2,), IGNORE))
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """Products in the compute dtype, where that is not the parameters'."""
+    if config.compute_dtype in (None, config.dtype) or config.ranks.sharding == "fsdp":
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, config.compute_dtype))
+
+
+def seed_all(seed: int, step: int, rank: int) -> None:
+    """Set the random states of Python, numpy and torch from the seed, the step and the rank alone."""
+    state = np.random.SeedSequence([seed, step, rank]).generate_state(4)
+    random.seed(int(state[0]))
+    np.random.seed(state[1])
+    torch.manual_seed(int(state[2]) << 32 | int(state[3]))
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Leave the random states of the process as they were."""
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.set_rng_state(kept[2])
+
+
+def save_model(model: VisionLanguageModel, processor: Processor, folder: Path, ranks: Ranks) -> Path:
+    """Write the trained model in its Hub layout, with its processor: `vlkit generate` takes the folder."""
+    with ranks.together():
+        if ranks.first:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+    return folder
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Drop the lines of steps that will be done again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that a killed process half wrote
+    hidden = path.with_name(f".{path.name}.partial")
+    hidden.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    shutil.move(hidden, path)

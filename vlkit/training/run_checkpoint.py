@@ -1,0 +1,263 @@
+"""Checkpoints of a run: everything that the next step needs, published whole or not at all.
+
+    checkpoints/step-00000010/      model/ and optimizer/ (shards of all ranks), state.json, manifest.json
+    checkpoints/LATEST              name of the newest, for people and scripts
+
+    write into a new hidden folder -> sync -> manifest.json, the mark that all is there -> rename -> LATEST -> remove old ones
+
+Whatever goes wrong before the rename leaves the older checkpoints as they were, and a hidden folder at most, which the next
+save removes. A published checkpoint is never written to again. Renaming has to be one step for all readers, as it is on local
+disks; on a network drive, ranks on other hosts may see the new name a little later, so all wait for the first one's word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vlkit.errors import CheckpointError, CorruptCheckpointError, DiskFullError
+from vlkit.hub.atomic import NO_SPACE, sync_folder
+from vlkit.hub.strict_json import read_json
+from vlkit.optim.agree import broadcast_json, raise_together, rank_in
+from vlkit.training.sharded_files import load_shards, save_shards
+
+MANIFEST, STATE, LATEST = "manifest.json", "state.json", "LATEST"
+SMALL = 2**20  # bytes up to which the manifest has a file's SHA-256; shards have checksums of their own
+VERSION = 1
+_PUBLISHED = re.compile(r"step-(\d{8,})")
+_HIDDEN = re.compile(r"\..*\.partial")
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: Any,
+    state: Mapping[str, Any],
+    *,
+    keep: int = 2,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Collective. Publish the state after a step.
+
+    Args:
+        folder: Holds all checkpoints of the run.
+        step: Steps done.
+        model: Its parameters and persistent buffers are saved.
+        optimizer: Its state is saved.
+        state: All else, as JSON.
+        keep: How many of the newest stay.
+        group: The ranks; None is one process.
+
+    Returns:
+        The new checkpoint.
+
+    Raises:
+        DiskFullError: Not enough space; the older checkpoints are whole, and nothing of the new one is left.
+        CheckpointError: It exists already, or the folder cannot be written. What fails on one rank is raised on all.
+    """
+    first = rank_in(group) == 0
+    target = folder / checkpoint_name(step)
+    name = broadcast_json(f".{target.name}.{secrets.token_hex(4)}.partial", group)
+    partial = folder / name
+    try:
+        with _together(folder, group):
+            if first:
+                folder.mkdir(parents=True, exist_ok=True)
+                remove_orphans(folder)
+                if target.exists():
+                    raise CheckpointError(f"{target} exists already, and what is published is never written to again")
+                partial.mkdir()
+        save_shards(partial / "optimizer", optimizer_tensors(optimizer), group)
+        save_shards(partial / "model", model_tensors(model), group)
+        with _together(folder, group):
+            if first:
+                _write(partial / STATE, dict(state))
+                _write(partial / MANIFEST, {"version": VERSION, "step": step, "files": _listed(partial)})
+                sync_folder(partial)
+                os.rename(partial, target)
+                sync_folder(folder)
+    except BaseException:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if first:
+        # It is saved. What follows is tidying, and no reason to stop.
+        with contextlib.suppress(OSError):
+            hidden = folder / f".{LATEST}.partial"
+            hidden.write_text(target.name + "\n", encoding="utf-8")
+            os.replace(hidden, folder / LATEST)
+            _remove_old(folder, keep)
+    return target
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: Any, *, group: dist.ProcessGroup | None = None
+) -> dict[str, Any]:
+    """Collective. Fill model and optimizer, which may be spread over other ranks than those that saved; the optimizer first.
+
+    Returns:
+        The state that was saved beside them.
+
+    Raises:
+        CorruptCheckpointError: A file is damaged.
+        KeyMismatchError: It is of another model or optimizer.
+    """
+    tensors = optimizer_tensors(optimizer)
+    load_shards(path / "optimizer", tensors, group)
+    load_optimizer_tensors(optimizer, tensors)
+    load_shards(path / "model", model_tensors(model), group)
+    return read_json(path / STATE, error=CorruptCheckpointError)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What was saved beside the tensors."""
+    return read_json(path / STATE, error=CorruptCheckpointError)
+
+
+def complete_checkpoints(folder: Path) -> tuple[list[Path], list[str]]:
+    """The checkpoints in which no file is missing or changed, newest first; and of the others, name and reason."""
+    complete, skipped = [], []
+    for path in published(folder):
+        try:
+            check_complete(path)
+            complete.append(path)
+        except CheckpointError as error:
+            skipped.append(f"{path.name} is skipped: {error}")
+    return complete, skipped
+
+
+def published(folder: Path) -> list[Path]:
+    """All folders with the name of a checkpoint, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _PUBLISHED.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True) if path.is_dir()]
+
+
+def check_complete(path: Path) -> None:
+    """Compare a checkpoint with its manifest: names and sizes of all files, and the contents of small ones.
+
+    Raises:
+        CorruptCheckpointError: No manifest, or a file that is missing or has changed.
+    """
+    if not (path / MANIFEST).is_file():
+        raise CorruptCheckpointError(f"{path}: no {MANIFEST}, so it was never finished")
+    manifest = read_json(path / MANIFEST, error=CorruptCheckpointError)
+    if manifest.get("version") != VERSION or not isinstance(manifest.get("files"), list):
+        raise CorruptCheckpointError(
+            f"{path / MANIFEST}: version {manifest.get('version')!r}, this release reads {VERSION}"
+        )
+    for entry in manifest["files"]:
+        try:
+            name, size, digest = str(entry["name"]), int(entry["bytes"]), entry.get("sha256")
+        except (TypeError, KeyError, ValueError, AttributeError):
+            raise CorruptCheckpointError(f"{path / MANIFEST}: an entry cannot be understood: {entry!r}") from None
+        file = path / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file():
+            raise CorruptCheckpointError(f"{file}: missing; {MANIFEST} lists it with {size} bytes")
+        if (found := file.stat().st_size) != size:
+            raise CorruptCheckpointError(f"{file}: {found} bytes, {MANIFEST} says {size}")
+        if digest is not None and _sha256(file) != digest:
+            raise CorruptCheckpointError(f"{file}: the contents have changed since it was saved")
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def remove_orphans(folder: Path) -> None:
+    """Remove what interrupted saves and removals left."""
+    for path in folder.iterdir():
+        if _HIDDEN.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, shared ones once, and persistent buffers, such as the selection bias of routers."""
+    parameters = dict(model.named_parameters())
+    again = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return parameters | {name: value for name, value in model.state_dict().items() if name not in again}
+
+
+def optimizer_tensors(optimizer: Any) -> dict[str, Any]:
+    """The state as tensors by name, to be saved or filled."""
+    if hasattr(optimizer, "sharded_state_dict"):
+        return optimizer.sharded_state_dict()
+    tensors = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            for key, value in optimizer.state[parameter].items():
+                tensors[f"{name}.{key}"] = value
+    return tensors
+
+
+def load_optimizer_tensors(optimizer: Any, tensors: Mapping[str, Any]) -> None:
+    """Take over a state that was filled."""
+    if hasattr(optimizer, "load_sharded_state_dict"):
+        optimizer.load_sharded_state_dict(tensors)
+
+
+@contextlib.contextmanager
+def _together(folder: Path, group: dist.ProcessGroup | None) -> Iterator[None]:
+    failure: Exception | None = None
+    try:
+        yield
+    except CheckpointError as error:
+        failure = error
+    except OSError as error:
+        failure = _explained(error, folder)
+    raise_together(failure, group)
+
+
+def _explained(error: OSError, folder: Path) -> CheckpointError:
+    if error.errno in NO_SPACE:
+        free = shutil.disk_usage(folder).free if folder.exists() else 0
+        return DiskFullError(
+            f"{folder}: no space left while saving, {free} bytes are free; the older checkpoints are whole"
+        )
+    named = f" ({error.filename})" if error.filename else ""
+    return CheckpointError(f"{folder}: cannot be written: {error.strerror or error}{named}")
+
+
+def _listed(folder: Path) -> list[dict[str, Any]]:
+    entries = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        entry: dict[str, Any] = {"name": path.relative_to(folder).as_posix(), "bytes": size}
+        if size <= SMALL:
+            entry["sha256"] = _sha256(path)
+        entries.append(entry)
+    return entries
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    """Remove complete checkpoints but for the newest; hidden first, so that none is ever seen half removed."""
+    complete, _ = complete_checkpoints(folder)
+    for path in complete[keep:]:
+        hidden = folder / f".{path.name}.{secrets.token_hex(4)}.partial"
+        os.rename(path, hidden)
+        shutil.rmtree(hidden)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    with path.open("x", encoding="utf-8") as file:
+        json.dump(values, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
