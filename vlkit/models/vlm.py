@@ -190,6 +190,9 @@ class VisionLanguageModel(nn.Module):
         config: The three parts and the placeholder id.
 
     Attributes:
+        parts_are_sharded: Parameters are gathered from other ranks before they are used, as `vlkit.training.shard_model` sets
+            it up: every rank then has to run every part, so a batch without images runs the blank image even where no
+            gradient asks for it.
         published_dtypes: Published name -> dtype, of tensors that the checkpoint had in another dtype than the model has, so
             that saving writes them as they were.
         published_layout: Which of the family's sets of names the checkpoint had, the one that is written being 0; saving
@@ -200,6 +203,7 @@ class VisionLanguageModel(nn.Module):
     def __init__(self, config: VLMConfig) -> None:
         super().__init__()
         self.config = config
+        self.parts_are_sharded = False
         self.published_dtypes: dict[str, torch.dtype] = {}
         self.published_layout = 0
         self.published_generation: dict[str, Any] = {}
@@ -222,7 +226,7 @@ class VisionLanguageModel(nn.Module):
             PlaceholderMismatchError: Placeholders and image tokens differ in number.
             TokenError: An id outside the vocabulary.
         """
-        decoded = self.decode(batch, cache=cache)
+        decoded = self._decode(batch, cache)
         loss, count = None, 0
         if batch.labels is not None:
             targets = next_token_targets(batch.labels, batch.ids.layout)
@@ -234,6 +238,9 @@ class VisionLanguageModel(nn.Module):
 
     def decode(self, batch: Batch, *, cache: Cache | None = None) -> DecoderOutput:
         """Tower, projector and decoder: `forward` without head and loss."""
+        return self._decode(batch, cache)
+
+    def _decode(self, batch: Batch, cache: Cache | None) -> DecoderOutput:
         if not isinstance(batch, Batch):
             raise LayoutError(
                 f"a model takes a Batch, found {type(batch).__name__}; a Processor or model.pack makes one"
@@ -264,7 +271,8 @@ class VisionLanguageModel(nn.Module):
         """Text embeddings with visual tokens in place of the placeholders, and what deeper layers add to those.
 
         A batch without images runs a blank image of the smallest size and takes nothing from it, while gradients are
-        recorded: every parameter then has a gradient on every rank, whatever the rank's data.
+        recorded: every parameter then has a gradient on every rank, whatever the rank's data. Where parts are sharded it does
+        so always, because ranks with images wait for it.
         """
         ids = batch.ids.tokens
         text = self.llm.embed(ids)  # [tokens, dim]
@@ -275,7 +283,8 @@ class VisionLanguageModel(nn.Module):
                 raise PlaceholderMismatchError(
                     f"sequence {where}: the batch has {int(mask.sum())} image placeholders but no images"
                 )
-            if torch.is_grad_enabled() and any(p.requires_grad for p in self._visual_parameters()):
+            trained = torch.is_grad_enabled() and any(p.requires_grad for p in self._visual_parameters())
+            if trained or self.parts_are_sharded:
                 text = text + 0 * self.encode_images(self._blank_image(ids.device)).tokens.sum()
             return batch.ids.with_tokens(text), None
         images = self.encode_images(batch.patches)
