@@ -1,0 +1,131 @@
+"""A model over many ranks: every rank keeps a share of each weight, its gradient and its optimizer state (FSDP2).
+
+    make_mesh(replicate=, expert_parallel=) -> DeviceMesh
+    shard_model(model, mesh)                   tower blocks, decoder blocks, projector; the rest in the root's group
+
+    model = shard_model(create_model("kimi-vl-tiny"), make_mesh(), param_dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters())      # of DTensors: its state is sharded as they are
+    model(batch).loss.backward()
+
+A group is gathered as one when its module is called, and let go when it returns; its gradients are averaged over all
+ranks and scattered. Embedding, head, norms, patch embedding and position tables are the root's group, which stays
+gathered from the forward to the end of the backward: they are used outside of any block.
+
+Source: FSDP2, `torch.distributed.fsdp.fully_shard`; Zhao et al., arXiv:2304.11277.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from vlkit.errors import ConfigError
+from vlkit.models.vlm import VisionLanguageModel
+
+REPLICATE, SHARD, EXPERT = "replicate", "shard", "expert"
+
+
+def make_mesh(*, replicate: int = 1, expert_parallel: int = 1, device_type: str | None = None) -> DeviceMesh:
+    """All ranks as a grid with the axes "replicate", "shard" and "expert".
+
+    Args:
+        replicate: Copies of the sharded model (HSDP): weights are gathered inside a copy only, gradients are averaged
+            over all. As a rule the number of machines.
+        expert_parallel: Ranks over which the experts of a layer are spread; neighbours, because tokens travel between
+            them at every layer.
+        device_type: Such as "cuda"; None takes the accelerator that torch finds, or the CPU if the group runs on gloo.
+
+    Raises:
+        ConfigError: No process group, or ranks that cannot be arranged so.
+    """
+    if not dist.is_initialized():
+        raise ConfigError(
+            "make_mesh needs a process group: start under torchrun, and call torch.distributed.init_process_group"
+        )
+    world, inner = dist.get_world_size(), replicate * expert_parallel
+    if min(replicate, expert_parallel) < 1 or world % inner:
+        raise ConfigError(
+            f"{world} ranks cannot be arranged as replicate={replicate} x expert_parallel={expert_parallel} x shards; "
+            "the product of the two must divide the number of ranks"
+        )
+    if device_type is None:
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device_type = "cpu" if accelerator is None or dist.get_backend() == "gloo" else accelerator.type
+    return init_device_mesh(
+        device_type, (replicate, world // inner, expert_parallel), mesh_dim_names=(REPLICATE, SHARD, EXPERT)
+    )
+
+
+def shard_model(
+    model: VisionLanguageModel,
+    mesh: DeviceMesh | None = None,
+    *,
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = torch.float32,
+    reshard_after_forward: bool = True,
+) -> VisionLanguageModel:
+    """Shard a model in place, block by block.
+
+    What is to be frozen is frozen before the first forward. A model on meta stays there; see `load_sharded`.
+
+    Args:
+        model: The same weights on every rank, or on meta.
+        mesh: From `make_mesh`; None is `make_mesh()`.
+        param_dtype: Computation and gathering, such as torch.bfloat16; weights, gradients and optimizer state keep the
+            dtype of the model. Router scores, norms, rotary angles, softmax and loss are fp32 inside, as everywhere.
+        reduce_dtype: In which gradients are averaged; never narrower than fp64 weights.
+        reshard_after_forward: Let a block's weights go after its forward and gather them again in the backward (ZeRO-3);
+            False keeps them until then (ZeRO-2): less traffic, more memory.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: A mesh without the axes of `make_mesh`.
+    """
+    mesh = make_mesh() if mesh is None else mesh
+    if mesh.mesh_dim_names != (REPLICATE, SHARD, EXPERT):
+        raise ConfigError(f"shard_model takes a mesh of make_mesh, found the axes {mesh.mesh_dim_names}")
+    if next(model.parameters()).dtype == torch.float64:
+        reduce_dtype = None
+    axes = _data_axes(mesh)
+    inside = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    # A whole part gets features and patches, never angles, and may be in another dtype than what comes before it.
+    part = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    options: dict[str, Any] = {"mesh": axes, "reshard_after_forward": reshard_after_forward}
+    tower = blocks_of(model.vision)
+    for block in [*tower, *blocks_of(model.llm)]:
+        fully_shard(block, mp_policy=inside, **options)
+    if not tower:
+        fully_shard(model.vision, mp_policy=part, **options)
+    if _size(model.projector) >= max(map(_size, tower), default=0):
+        fully_shard(model.projector, mp_policy=part, **options)
+    # The backward begins with what the forward ends with, so the root's weights stay.
+    fully_shard(model, mesh=axes, reshard_after_forward=False, mp_policy=inside)
+    register_fsdp_forward_method(model, "decode")  # where generation enters
+    model.parts_are_sharded = True
+    return model
+
+
+def blocks_of(part: nn.Module) -> list[nn.Module]:
+    """The blocks of a tower or a decoder: the members of its largest list of modules; none if it has no list."""
+    lists = [m for m in part.modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and _size(m)]
+    return list(max(lists, key=_size)) if lists else []
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _data_axes(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh of everything but experts: all ranks of a copy share its shards."""
+    whole = mesh[SHARD] if mesh[EXPERT].size() == 1 else mesh[SHARD, EXPERT]._flatten("all")
+    if mesh[REPLICATE].size() == 1:
+        return whole
+    assert whole.mesh_dim_names is not None
+    return mesh[REPLICATE, whole.mesh_dim_names[0]]
