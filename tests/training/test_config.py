@@ -20,7 +20,7 @@ name = "kimi-vl-tiny"
 num_layers = 2
 [data]
 files = ["a.jsonl", "sub/b.jsonl"]
-[optimizer.part_rates]
+[optimizer.part_lr]
 vision = 0.1
 """
 
@@ -30,8 +30,7 @@ def test_toml_and_json_mean_the_same(tmp_path: Path) -> None:
     config = read_train_config(tmp_path / "c.toml")
     (tmp_path / "c.json").write_text(json.dumps(config.to_dict()))
     assert read_train_config(tmp_path / "c.json") == config
-    assert config.optimizer.part_rate("vision") == 0.1
-    assert config.optimizer.part_rate("llm") == 1.0
+    assert config.optimizer.part_lr == {"vision": 0.1}
 
 
 def test_paths_are_seen_from_the_file(tmp_path: Path) -> None:
@@ -50,7 +49,7 @@ def test_paths_are_seen_from_the_file(tmp_path: Path) -> None:
         ({"model": {"name": "kimi-vl-tiny", "folder": "x"}}, "one of name, folder"),
         ({"model": {"vision": "moonvit-tiny"}}, "needs vision and llm"),
         ({"data": {"files": []}}, "no files"),
-        ({"optimizer": {"part_rates": {"tower": 0.1}}}, "'tower' is not one of"),
+        ({"optimizer": {"part_lr": {"vision": "fast"}}}, "part_lr.vision: expected a number above 0"),
         ({"schedule": {"warmup": 8, "decay": 3}}, "do not fit into steps=10"),
         ({"ranks": {"expert_parallel": 2}}, "need sharding = 'fsdp'"),
     ],

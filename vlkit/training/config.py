@@ -15,6 +15,7 @@ Paths are relative to the file. A field that does not exist is an error with the
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,7 +108,12 @@ class OptimizerOptions(Config):
         betas: Of AdamW.
         adam_eps: Of AdamW.
         vector_rate: AdamW's learning rate inside Muon, relative to lr.
-        part_rates: Learning rates of "vision", "projector" and "llm", relative to lr; 0 freezes the part.
+        part_lr: Learning rates of parts of the model by their names, such as "vision" or "llm.blocks"; the rest learns at lr.
+        layer_decay: For parts with a stack of blocks, the factor from each block to the one before it.
+        freeze: Parts that do not learn.
+        thaw: Parts of those that do.
+        splits: "heads" cuts the projections of attentions into heads before they are orthogonalised.
+        decay_vectors: Whether weight decay reaches gains and biases.
         muon: Patterns of parameter names that go to Muon whatever they are.
         adamw: The same for AdamW.
         partition: How the state is divided between ranks: "flat" in equal ranges of elements, "matrix" by whole matrices.
@@ -123,27 +129,29 @@ class OptimizerOptions(Config):
     betas: tuple[Share, Share] = (0.9, 0.95)
     adam_eps: Positive = 1e-8
     vector_rate: Positive = 1.0
-    part_rates: Mapping[str, float] | None = None
+    part_lr: Mapping[str, float] | None = None
+    layer_decay: Mapping[str, float] | None = None
+    freeze: tuple[str, ...] = ()
+    thaw: tuple[str, ...] = ()
+    splits: Literal["declared", "heads"] = "declared"
+    decay_vectors: bool = True
     muon: tuple[str, ...] = ()
     adamw: tuple[str, ...] = ()
     partition: Literal["flat", "matrix"] = "flat"
     max_grad_norm: Positive | None = 1.0
 
     def check(self) -> None:
-        rates = {} if self.part_rates is None else self.part_rates
-        if not isinstance(rates, Mapping):
-            raise ConfigError(f"OptimizerOptions.part_rates: expected a table, found {rates!r}")
-        for part, rate in rates.items():
-            if part not in PARTS:
-                raise ConfigError(f"OptimizerOptions.part_rates: {part!r} is not one of {', '.join(PARTS)}")
-            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1e6:
-                raise ConfigError(
-                    f"OptimizerOptions.part_rates.{part}: expected a number of at least 0, found {rate!r}"
-                )
-
-    def part_rate(self, part: str) -> float:
-        """The learning rate of a part, relative to lr."""
-        return float((self.part_rates or {}).get(part, 1.0))
+        for field in ("part_lr", "layer_decay"):
+            given = getattr(self, field)
+            if given is not None and not isinstance(given, Mapping):
+                raise ConfigError(f"OptimizerOptions.{field}: expected a table of parts, found {given!r}")
+            for part, value in (given or {}).items():
+                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                    raise ConfigError(f"OptimizerOptions.{field}.{part}: expected a number above 0, found {value!r}")
+        if self.kind == "adamw" and (self.muon or self.adamw):
+            raise ConfigError(
+                "OptimizerOptions: patterns of names choose between Muon and AdamW; they need kind = 'muon'"
+            )
 
 
 class Schedule(Config):

@@ -31,7 +31,7 @@ from vlkit.models import VisionLanguageModel
 from vlkit.models.factory import compose, create_model, create_processor
 from vlkit.models.pretrained import from_pretrained
 from vlkit.objectives.cross_entropy import IGNORE
-from vlkit.optim import Muon, muon_param_groups, warmup_decay
+from vlkit.optim import Muon, freeze, muon_param_groups, warmup_decay
 from vlkit.packing import Batch, Layout, Packed
 from vlkit.processing import Processor
 from vlkit.training import run_checkpoint
@@ -264,7 +264,7 @@ class _Run:
         loss, loads = self.gradients(share, sum(self.targets))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        told = ranks.sum(torch.cat([loss.double().view(1), *(load.double() for load in loads)]).cpu())
+        told = ranks.sum(torch.cat([loss.view(1), *(load.double() for load in loads)]).cpu())
         skipped = self.optimizer.last_step_skipped
         if not skipped:
             balance(self.routers, told[1:].split([len(load) for load in loads]), config.balance_rate)
@@ -288,7 +288,7 @@ class _Run:
             This rank's part of the loss, and the load of every router with a selection bias.
         """
         device = self.ranks.device
-        loss = torch.zeros((), device=device)
+        loss = torch.zeros((), dtype=torch.float64, device=device)
         loads = [torch.zeros(router.weight.shape[0], device=device) for router in self.routers]
         for place in range(max(1, *self.micro)):
             real = place < len(share.micro_batches)
@@ -297,7 +297,7 @@ class _Run:
                 out = self.forward_model(batch.to(device))
             weighted = out.loss * (out.num_targets / max(num_targets, 1))
             (weighted * self.ranks.size).backward()
-            loss = loss + weighted.detach().float()
+            loss = loss + weighted.detach().double()
             if real and out.expert_load is not None and self.routers:
                 loads = [load + new for load, new in zip(loads, out.expert_load, strict=True)]
         return loss, loads
@@ -474,11 +474,15 @@ def _part(kind: str, value: Any) -> Any:
 
 
 def freeze_parts(model: VisionLanguageModel, config: TrainConfig) -> None:
-    """Parts whose rate is 0 record no gradients."""
-    for part in PARTS:
-        getattr(model, part).requires_grad_(config.optimizer.part_rate(part) > 0)
+    """What the config freezes records no gradients.
+
+    Raises:
+        ConfigError: A part that is not there, or nothing is left to train.
+    """
+    if config.optimizer.freeze:
+        freeze(model, config.optimizer.freeze, thaw=config.optimizer.thaw)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError("OptimizerOptions.part_rates: all parts are frozen, nothing is left to train")
+        raise ConfigError("OptimizerOptions.freeze: all parts are frozen, nothing is left to train")
 
 
 def prepare_model(model: VisionLanguageModel, config: TrainConfig, ranks: Ranks) -> nn.Module:
@@ -492,16 +496,23 @@ def prepare_model(model: VisionLanguageModel, config: TrainConfig, ranks: Ranks)
 def make_optimizer(model: VisionLanguageModel, config: TrainConfig, ranks: Ranks) -> Muon:
     """Muon, or AdamW for all, with the learning rates of the parts."""
     options = config.optimizer
-    if options.kind == "muon":
-        groups: Sequence[dict[str, Any]] = muon_param_groups(model, muon=options.muon, adamw=options.adamw)
-    else:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        groups = [{"params": [p for _, p in named], "param_names": [n for n, _ in named], "algorithm": "adamw"}]
+    groups = muon_param_groups(
+        model,
+        muon=options.muon,
+        adamw=options.adamw if options.kind == "muon" else ("",),  # which is in every name
+        decay_vectors=options.decay_vectors,
+        lr=options.part_lr,
+        layer_decay=options.layer_decay,
+        splits=options.splits,
+    )
+    for group in groups:
+        if options.kind == "muon" and group["algorithm"] == "adamw":
+            group["lr"] = group.get("lr", options.lr) * options.vector_rate
     over_ranks: dict[str, Any] = {}
     if ranks.group is not None:
         over_ranks = {"process_group": ranks.group, "grad_sync": "reduce_scatter", "partition": options.partition}
     return Muon(
-        list(_by_part(groups, config)),
+        groups,
         lr=options.lr,
         weight_decay=options.weight_decay,
         momentum=options.momentum,
@@ -512,18 +523,6 @@ def make_optimizer(model: VisionLanguageModel, config: TrainConfig, ranks: Ranks
         max_grad_norm=options.max_grad_norm,
         **over_ranks,
     )
-
-
-def _by_part(groups: Sequence[dict[str, Any]], config: TrainConfig) -> Iterator[dict[str, Any]]:
-    """The groups, cut where parts have learning rates of their own."""
-    options = config.optimizer
-    for group in groups:
-        vectors = options.vector_rate if options.kind == "muon" and group["algorithm"] == "adamw" else 1.0
-        rates = {name: options.part_rate(name.partition(".")[0]) for name in group["param_names"]}
-        for rate in dict.fromkeys(rates.values()):
-            own = [(n, p) for n, p in zip(group["param_names"], group["params"], strict=True) if rates[n] == rate]
-            lr = options.lr * rate * vectors
-            yield {**group, "params": [p for _, p in own], "param_names": [n for n, _ in own], "lr": lr}
 
 
 def learning_rate_factor(config: TrainConfig, total: int, step: int) -> float:

@@ -1,0 +1,275 @@
+"""The loop of a run: the same on any ranks, resumed as if never stopped, normalised by supervised tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import vlkit
+from tests.ranks import run_ranks
+from tests.training.samples import small_config
+from vlkit.errors import ConfigError, NonFiniteError, SampleError
+from vlkit.layers.moe import Router
+from vlkit.models import VisionLanguageModel
+from vlkit.training import Result, TrainConfig, train
+from vlkit.training.data import Conversations, order
+from vlkit.training.loop import balance, blank_batch
+
+
+def weights(config: TrainConfig) -> dict[str, Tensor]:
+    """Of the model that a run has saved."""
+    return dict(vlkit.from_pretrained(Path(config.run) / "model").state_dict())
+
+
+def metrics(config: TrainConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(config.run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_ranks(rank: int, config: TrainConfig, steps: int) -> Result:
+    return train(config.replace(steps=steps) if steps else config)
+
+
+def until(config: TrainConfig, step: int, num_ranks: int = 1) -> None:
+    """Run on some ranks until a step, as a run that is stopped there would; the schedule is that of the whole run."""
+    if num_ranks == 1:
+        train_until(0, config, step)
+    else:
+        run_ranks(train_until, num_ranks, config, step)
+
+
+def train_until(rank: int, config: TrainConfig, step: int) -> Result:
+    import os
+    import signal
+
+    def say(line: str) -> None:
+        if line.startswith(f"step {step}/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return train(config, say=say)
+
+
+def test_a_run_learns_and_its_model_loads(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    result = train(config)
+    losses = [entry["loss"] for entry in metrics(config)]
+    assert result.steps == 10
+    assert len(losses) == 10
+    assert losses[-1] < losses[0] - 0.3
+    assert result.model is not None
+    processor = vlkit.Processor.from_pretrained(result.model)
+    question = processor([{"role": "user", "content": "what is it"}])
+    assert len(vlkit.from_pretrained(result.model).generate(question, max_new_tokens=3)[0]) <= 3
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    whole, halves = small_config(tmp_path), small_config(tmp_path, run=str(tmp_path / "halves"))
+    train(whole)
+    until(halves, 5)
+    assert not (Path(halves.run) / "model").exists()
+    lines: list[str] = []
+    train(halves, say=lines.append)
+    assert any(line.startswith("resumed from") and line.endswith("5 steps are left") for line in lines)
+    assert_close(weights(halves), weights(whole), rtol=0, atol=0)
+    assert [{**m, "tokens_per_second": 0} for m in metrics(halves)] == [
+        {**m, "tokens_per_second": 0} for m in metrics(whole)
+    ]
+
+
+def test_data_prepared_in_threads_changes_nothing(tmp_path: Path) -> None:
+    plain, ahead = small_config(tmp_path, steps=3), small_config(tmp_path, steps=3, run=str(tmp_path / "ahead"))
+    ahead = ahead.replace(data=ahead.data.replace(workers=2))
+    train(plain)
+    train(ahead)
+    assert_close(weights(ahead), weights(plain), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("micro", [{"micro_batch": 1}, {"micro_batch": None}, {"micro_batch_tokens": 70}])
+def test_micro_batches_do_not_change_the_step(tmp_path: Path, micro: dict[str, Any]) -> None:
+    """fp64: gradients of tokens are summed in another order, largest difference seen 5e-16."""
+    whole = small_config(tmp_path, steps=2, dtype="float64", micro_batch=2)
+    parts = small_config(tmp_path, steps=2, dtype="float64", run=str(tmp_path / "parts"), **micro)
+    train(whole)
+    train(parts)
+    assert_close(weights(parts), weights(whole), rtol=0, atol=1e-9)
+
+
+def test_gradients_are_those_of_the_mean_over_all_supervised_tokens(tmp_path: Path) -> None:
+    config = small_config(tmp_path, steps=1, dtype="float64", micro_batch=2)
+    train(config)
+    torch.manual_seed(config.seed)
+    model = vlkit.create_model("kimi-vl-tiny", dtype=torch.float64)
+    processor = vlkit.create_processor("kimi-vl-tiny")
+    data = Conversations(config.data.files)
+    samples = [data[index]["messages"] for index in order(len(data), range(5), seed=config.seed)]
+    out = model(processor(samples, labels=True))
+    out.loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert metrics(config)[0]["loss"] == pytest.approx(out.loss.item(), rel=1e-9)
+    assert metrics(config)[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-6)
+
+
+def test_the_bias_of_routers_moves_towards_balance_and_keeps_its_mean() -> None:
+    router = Router(4, 4, top_k=1, scoring="sigmoid", selection_bias=True)
+    balance([router], [torch.tensor([6.0, 1.0, 1.0, 0.0])], 0.01)
+    # mean load 2: signs -1, 1, 1, 1, their mean 1/2
+    assert_close(router.bias, torch.tensor([-0.015, 0.005, 0.005, 0.005]))
+    balance([router], [torch.tensor([2.0, 2.0, 2.0, 2.0])], 0.01)
+    assert_close(router.bias, torch.tensor([-0.015, 0.005, 0.005, 0.005]))
+
+
+def test_a_run_moves_the_bias_of_its_routers(tmp_path: Path) -> None:
+    moved, still = small_config(tmp_path, steps=2), small_config(tmp_path, steps=2, run=str(tmp_path / "still"))
+    train(moved)
+    train(still.replace(balance_rate=0.0))
+
+    def biases(config: TrainConfig) -> list[Tensor]:
+        return [value for name, value in weights(config).items() if name.endswith("router.bias")]
+
+    assert biases(moved)
+    assert all(float(bias.abs().max()) > 0 for bias in biases(moved))
+    assert all(float(bias.sum()) == pytest.approx(0, abs=1e-6) for bias in biases(moved))
+    assert all(float(bias.abs().max()) == 0 for bias in biases(still))
+
+
+def test_a_blank_batch_gives_every_parameter_a_gradient_of_zero() -> None:
+    model = vlkit.create_model("kimi-vl-tiny")
+    out = model(blank_batch(model))
+    assert out.num_targets == 0
+    out.loss.backward()
+    unused = {name for name, p in model.named_parameters() if p.grad is None}
+    assert not unused
+    assert all(float(p.grad.abs().max()) == 0 for p in model.parameters() if p.grad is not None)
+
+
+class _Planted:
+    """Makes the gradients of chosen steps NaN."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+        from vlkit.training import loop
+
+        gradients = loop._Run.gradients
+
+        def planted(run: Any, share: Any, num_targets: int) -> Any:
+            result = gradients(run, share, num_targets)
+            if run.progress.step + 1 in steps:
+                next(p for p in run.model.parameters() if p.grad is not None).grad.fill_(float("nan"))
+            return result
+
+        monkeypatch.setattr(loop._Run, "gradients", planted)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(tmp_path, steps=3)
+    _Planted(monkeypatch, {3})
+    result = train(config)
+    assert result.skipped_steps == 1
+    monkeypatch.undo()
+    shorter = small_config(tmp_path, steps=3, run=str(tmp_path / "shorter"))
+    until(shorter, 2)
+    saved = Path(shorter.run) / "checkpoints/step-00000002"
+    stored = Path(config.run) / "checkpoints/step-00000003"
+    for part in ("model", "optimizer"):
+        name = f"{part}/shard-00000-of-00001.safetensors"
+        assert (saved / name).read_bytes() == (stored / name).read_bytes()
+
+
+def test_too_many_skipped_steps_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(tmp_path, max_skipped_steps=2)
+    _Planted(monkeypatch, {2, 4, 5, 6, 7})
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row .* step 6"):
+        train(config)
+    assert not (Path(config.run) / "model").exists()
+
+
+def test_frozen_parts_stay_and_parts_have_rates(tmp_path: Path) -> None:
+    options = {"lr": 1e-3, "freeze": ["vision"], "part_lr": {"projector": 1e-4}}
+    config = small_config(tmp_path, steps=1, optimizer=options)
+    train(config)
+    torch.manual_seed(config.seed)
+    before = vlkit.create_model("kimi-vl-tiny").state_dict()
+    after = weights(config)
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"projector", "llm"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": {"kind": "adamw", "lr": 1e-3}},
+        {"model": {"vision": "moonvit-tiny", "llm": "qwen3-tiny"}, "activation_checkpointing": "full"},
+        {"dtype": "bfloat16", "micro_batch_tokens": 60},
+        {"model": {"name": "kimi-vl-tiny", "overrides": {"llm": {"num_layers": 2}}}},
+        {"steps": None, "epochs": 0.5},
+    ],
+)
+def test_configs_of_many_kinds_run(tmp_path: Path, changes: dict[str, Any]) -> None:
+    result = train(small_config(tmp_path, **{"steps": 2, **changes}))
+    assert result.steps == 2
+    assert result.loss is not None
+    assert 0 < result.loss < 8
+
+
+def test_a_run_begins_from_the_folder_of_another(tmp_path: Path) -> None:
+    first = small_config(tmp_path, steps=2)
+    train(first)
+    second = small_config(tmp_path, steps=1, run=str(tmp_path / "second"), model={"folder": f"{first.run}/model"})
+    train(second)
+    assert metrics(second)[0]["loss"] < metrics(first)[0]["loss"]
+
+
+def test_corrupt_samples_stop_the_run_or_are_counted(tmp_path: Path) -> None:
+    config = small_config(tmp_path, steps=3)
+    with open(tmp_path / "train.jsonl", "a") as file:
+        file.write("{}\n")
+    with pytest.raises(SampleError, match="line 14"):
+        train(config)
+    skipping = config.replace(data=config.data.replace(corrupt="skip"))
+    assert train(skipping).corrupt_samples == 1
+
+
+def test_a_folder_with_checkpoints_is_not_begun_anew(tmp_path: Path) -> None:
+    config = small_config(tmp_path, steps=1)
+    train(config)
+    with pytest.raises(ConfigError, match="has checkpoints"):
+        train(config, resume=False)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    config = small_config(tmp_path, steps=2)
+    train(config)
+    before = weights(config)
+    result = train(config)
+    assert result.loss is None
+    assert result.steps == 2
+    assert_close(weights(config), before, rtol=0, atol=0)
+
+
+def test_other_data_or_another_model_is_refused_and_another_rate_is_said(tmp_path: Path) -> None:
+    config = small_config(tmp_path, steps=2)
+    train(config)
+    longer = config.replace(steps=3, optimizer=config.optimizer.replace(lr=1e-4))
+    deeper = config.model.replace(overrides={"llm": {"num_layers": 3}})
+    with pytest.raises(ConfigError, match=r"model\.llm\.num_layers: found 3, expected 2"):
+        train(longer.replace(model=deeper))
+    with pytest.raises(ConfigError, match="seed: found 1, expected 0"):
+        train(longer.replace(seed=1))
+    lines: list[str] = []
+    assert train(longer, say=lines.append).steps == 3
+    assert "changed since step-00000002: steps: found 3, expected 2" in lines
+    assert any("optimizer.lr" in line for line in lines)
+    with open(tmp_path / "train.jsonl", "a") as file:
+        file.write((tmp_path / "train.jsonl").read_text().splitlines()[0] + "\n")
+    with pytest.raises(ConfigError, match=r"data\[0\]\.bytes"):
+        train(longer)
+
+
+def test_every_model_has_a_token_that_is_no_placeholder() -> None:
+    for name in vlkit.list_models("*-tiny"):
+        model: VisionLanguageModel = vlkit.create_model(name)
+        assert model(blank_batch(model)).num_targets == 0
