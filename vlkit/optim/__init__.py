@@ -3,6 +3,18 @@
 from vlkit.optim.groups import ParamGroups, freeze, muon_param_groups
 from vlkit.optim.muon import Muon
 from vlkit.optim.newton_schulz import orthogonalize, polar_coefficients
+from vlkit.optim.qk_clip import qk_clip_, record_max_logits, reduce_max_logits_
 from vlkit.optim.schedule import warmup_decay
 
-__all__ = ["Muon", "ParamGroups", "freeze", "muon_param_groups", "orthogonalize", "polar_coefficients", "warmup_decay"]
+__all__ = [
+    "Muon",
+    "ParamGroups",
+    "freeze",
+    "muon_param_groups",
+    "orthogonalize",
+    "polar_coefficients",
+    "qk_clip_",
+    "record_max_logits",
+    "reduce_max_logits_",
+    "warmup_decay",
+]

@@ -55,25 +55,25 @@ STACKS = {"blocks", "layers"}
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-class _Heads(Protocol):
+class Heads(Protocol):
     @property
     def num_heads(self) -> int: ...
     @property
     def channels(self) -> tuple[tuple[str, int], ...]: ...
 
 
-class _HeadAxis(Protocol):
+class HeadAxis(Protocol):
     @property
     def axis(self) -> Literal[0, 1]: ...
     @property
-    def heads(self) -> Sequence[_Heads]: ...
+    def heads(self) -> Sequence[Heads]: ...
 
 
 @runtime_checkable
 class HasHeads(Protocol):
     """An attention that says what its projections are made of; vlkit.layers.heads has the words."""
 
-    def head_axes(self) -> Mapping[str, _HeadAxis]: ...
+    def head_axes(self) -> Mapping[str, HeadAxis]: ...
 
 
 @dataclass(frozen=True)
