@@ -16,7 +16,7 @@ It does not hold in fp64 for odd widths (37 and 29, say), nor for one token alon
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -167,7 +167,13 @@ class Experts(nn.Module):
     Kernels: "loop" visits each expert once (any device; on a GPU it waits for the counts once per layer); "grouped" is
     torch's grouped matrix product, for which counts are data; "auto" takes "grouped" on CUDA where it can run, "loop"
     elsewhere. The grouped kernel was compared with the loop on the CPU only.
+
+    Attributes:
+        exchange: Sends tokens to the ranks that hold their experts, and brings the outputs back; None where all experts are
+            here. See `vlkit.training.experts`.
     """
+
+    exchange: Exchange | None = None
 
     def __init__(
         self, dim: int, mlp_dim: int, num_experts: int, *, kernel: Literal["auto", "loop", "grouped"] = "auto"
@@ -198,9 +204,20 @@ class Experts(nn.Module):
             experts: Chosen experts of each token; all of one token differ.
             weights: Factors of their outputs.
         """
-        gate: Tensor = self.gate
-        up: Tensor = self.up
-        down: Tensor = self.down
+        if self.exchange is not None:
+            return self.exchange(self, x, experts, weights)
+        return self.weighted_sum(x, experts, weights, self.gate, self.up, self.down)
+
+    def weighted_sum(
+        self,
+        x: Float[Tensor, "tokens dim"],
+        experts: Int[Tensor, "tokens k"],
+        weights: Float[Tensor, "tokens k"],
+        gate: Float[Tensor, "experts mlp_dim dim"],
+        up: Float[Tensor, "experts mlp_dim dim"],
+        down: Float[Tensor, "experts dim mlp_dim"],
+    ) -> Float[Tensor, "tokens dim"]:
+        """`forward` with these stacks, such as a few of the experts; `experts` counts within them."""
         dtype = autocast_dtype(x)
         if dtype is not None:
             x, gate, up, down = x.to(dtype), gate.to(dtype), up.to(dtype), down.to(dtype)
@@ -217,6 +234,18 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         num_experts, mlp_dim, dim = self.gate.shape
         return f"dim={dim}, mlp_dim={mlp_dim}, num_experts={num_experts}"
+
+
+class Exchange(Protocol):
+    """Experts that lie on several ranks: the same sum, for the tokens of this rank."""
+
+    def __call__(
+        self,
+        held: Experts,
+        x: Float[Tensor, "tokens dim"],
+        experts: Int[Tensor, "tokens k"],
+        weights: Float[Tensor, "tokens k"],
+    ) -> Float[Tensor, "tokens dim"]: ...
 
 
 class MoE(nn.Module):
