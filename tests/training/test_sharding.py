@@ -17,7 +17,8 @@ from vlkit.errors import ConfigError
 from vlkit.packing import Batch
 from vlkit.registry import list_models
 from vlkit.testing import random_batch
-from vlkit.training.sharding import blocks_of, make_mesh, shard_model
+from vlkit.training.recompute import blocks_of
+from vlkit.training.sharding import make_mesh, shard_model
 
 FAMILIES = list_models("*-tiny")
 APART = {torch.float64: 1e-11, torch.float32: 3e-4}

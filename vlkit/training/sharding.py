@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from vlkit.errors import ConfigError
 from vlkit.models.vlm import VisionLanguageModel
+from vlkit.training.experts import parallel_experts
+from vlkit.training.recompute import blocks_of, num_elements
 
 REPLICATE, SHARD, EXPERT = "replicate", "shard", "expert"
 
@@ -94,16 +95,20 @@ def shard_model(
     if next(model.parameters()).dtype == torch.float64:
         reduce_dtype = None
     axes = _data_axes(mesh)
+    spread = parallel_experts(model, mesh[EXPERT]) if mesh[EXPERT].size() > 1 else []
     inside = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     # A whole part gets features and patches, never angles, and may be in another dtype than what comes before it.
     part = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     options: dict[str, Any] = {"mesh": axes, "reshard_after_forward": reshard_after_forward}
+    for experts in spread:
+        whole = mesh[SHARD] if mesh[REPLICATE].size() == 1 else mesh[REPLICATE, SHARD]
+        fully_shard(experts, mesh=whole, reshard_after_forward=reshard_after_forward, mp_policy=inside)
     tower = blocks_of(model.vision)
     for block in [*tower, *blocks_of(model.llm)]:
         fully_shard(block, mp_policy=inside, **options)
     if not tower:
         fully_shard(model.vision, mp_policy=part, **options)
-    if _size(model.projector) >= max(map(_size, tower), default=0):
+    if num_elements(model.projector) >= max(map(num_elements, tower), default=0):
         fully_shard(model.projector, mp_policy=part, **options)
     # The backward begins with what the forward ends with, so the root's weights stay.
     fully_shard(model, mesh=axes, reshard_after_forward=False, mp_policy=inside)
@@ -112,20 +117,11 @@ def shard_model(
     return model
 
 
-def blocks_of(part: nn.Module) -> list[nn.Module]:
-    """The blocks of a tower or a decoder: the members of its largest list of modules; none if it has no list."""
-    lists = [m for m in part.modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and _size(m)]
-    return list(max(lists, key=_size)) if lists else []
-
-
-def _size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def _data_axes(mesh: DeviceMesh) -> DeviceMesh:
     """The mesh of everything but experts: all ranks of a copy share its shards."""
-    whole = mesh[SHARD] if mesh[EXPERT].size() == 1 else mesh[SHARD, EXPERT]._flatten("all")
-    if mesh[REPLICATE].size() == 1:
-        return whole
-    assert whole.mesh_dim_names is not None
-    return mesh[REPLICATE, whole.mesh_dim_names[0]]
+    if mesh[EXPERT].size() == 1:
+        return mesh[SHARD] if mesh[REPLICATE].size() == 1 else mesh[REPLICATE, SHARD]
+    ranks = mesh.mesh.flatten(1)  # [copies, ranks of a copy]
+    if len(ranks) == 1:
+        return DeviceMesh(mesh.device_type, ranks[0], mesh_dim_names=(SHARD,))
+    return DeviceMesh(mesh.device_type, ranks, mesh_dim_names=(REPLICATE, SHARD))
