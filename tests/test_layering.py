@@ -18,6 +18,7 @@ PARTS = {"vision", "projectors", "llm"}
 MAY_IMPORT = {
     **dict.fromkeys(FOUNDATIONS, FOUNDATIONS),
     **{room: FOUNDATIONS | {room} for room in MIDDLE},
+    "optim": FOUNDATIONS | {"optim", "hub"},  # its states are files like checkpoints
     "processing": FOUNDATIONS | {"processing", "hub"},  # vocabularies and settings come from repositories too
     **{room: FOUNDATIONS | MIDDLE | {room} for room in PARTS},
     "generation": FOUNDATIONS | MIDDLE | PARTS | {"generation"},

@@ -10,6 +10,7 @@ Boxes are what torch.distributed.checkpoint and vlkit.training.sharded_files sto
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
@@ -190,3 +191,8 @@ def is_first_copy(tensor: Tensor | Part, index: int, rank: int, num_ranks: int) 
             if placement.is_replicate()
         )
     return index % num_ranks == rank
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of the numbers of a contiguous tensor on the CPU."""
+    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data) if tensor.numel() else 0

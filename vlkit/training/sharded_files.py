@@ -28,7 +28,7 @@ from vlkit.hub.atomic import NO_SPACE, check_space
 from vlkit.hub.safetensors_file import MappedFile, read_header, write_safetensors
 from vlkit.hub.strict_json import read_json
 from vlkit.optim.agree import gather_json, num_ranks_in, raise_together, rank_in, world
-from vlkit.optim.parts import Box, Part, is_first_copy, pieces_of
+from vlkit.optim.parts import Box, Part, checksum, is_first_copy, pieces_of
 
 VERSION = 1
 INDEX = "index.json"
@@ -78,7 +78,7 @@ def save_shards(
 
     def read(key: str) -> Tensor:
         local = mine[key][2].cpu().contiguous()
-        checksums[key] = _crc32(local)
+        checksums[key] = checksum(local)
         return local
 
     def write() -> None:
@@ -175,10 +175,6 @@ def _fingerprint(table: Mapping[str, Any]) -> int:
 def _key(name: str, box: Box) -> str:
     places = ",".join(f"{first}:{first + size}" for first, size in zip(box.offsets, box.sizes, strict=True))
     return f"{name}[{places}]"
-
-
-def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data) if tensor.numel() else 0
 
 
 def _sync(path: Path) -> None:
@@ -281,7 +277,7 @@ def _read(folder: Path, name: str, stored: _Stored, dtype: torch.dtype, files: d
             + (f"{info.dtype} {info.shape}" if info else "no such tensor")
         )
     tensor = files[stored.file].read(key)
-    if _crc32(tensor) != stored.crc32:
+    if checksum(tensor) != stored.crc32:
         raise CorruptCheckpointError(
             f"{path}: {key!r} has another checksum than when it was saved: the file is damaged"
         )
