@@ -13,29 +13,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from itertools import chain
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from vlkit.errors import ConfigError, OptimizerStateError
-from vlkit.optim.newton_schulz import Form, NewtonSchulz, Norm, Triple
-from vlkit.optim.units import Units, units_of
+from vlkit.errors import ConfigError
+from vlkit.optim.layout import Layout, Member, Piece, lay_out
+from vlkit.optim.newton_schulz import Form, Norm, Triple
+from vlkit.optim.partition import Held, SplitStrategy
+from vlkit.optim.parts import Part
+from vlkit.optim.sharing import Sharing
+from vlkit.optim.state import (
+    full_state_dict,
+    layout_of,
+    load_full_state_dict,
+    load_rank_state,
+    load_sharded_state_dict,
+    sharded_state_dict,
+)
+from vlkit.optim.units import units_of
 from vlkit.optim.update import (
+    ADAMW_STATE,
     ADJUST_LR,
     AdjustLr,
-    Block,
     adamw_update,
-    apply_update,
     batches,
-    global_norm,
+    newton_schulz_of,
     orthogonalize_units,
     update_momentum,
+    update_weights,
 )
 
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
 Group: TypeAlias = dict[str, Any]
+
+# What a copy of the optimizer keeps beside groups and state.
+OWN = (
+    *("max_grad_norm", "process_group", "partition", "grad_sync", "split_strategy"),
+    *("skipped_steps", "last_step_skipped", "last_grad_norm"),
+)
 
 
 class Muon(torch.optim.Optimizer):
@@ -101,16 +120,31 @@ class Muon(torch.optim.Optimizer):
         momentum_dtype: torch.dtype = torch.float32,
         max_grad_norm: float | None = None,
         maximize: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+        partition: Literal["flat", "matrix"] = "flat",
+        grad_sync: Literal["none", "reduce_scatter"] = "none",
+        split_strategy: SplitStrategy = "auto",
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ConfigError(f"max_grad_norm must be above 0 or None, found {max_grad_norm}")
+        for option, value, known in (
+            ("partition", partition, ("flat", "matrix")),
+            ("grad_sync", grad_sync, ("none", "reduce_scatter")),
+            ("split_strategy", split_strategy, ("auto", "duplicate", "owner")),
+        ):
+            if value not in known:
+                raise ConfigError(f"{option} is one of {', '.join(map(repr, known))}; found {value!r}")
+        if process_group is None and grad_sync != "none":
+            raise ConfigError("grad_sync='reduce_scatter' needs process_group, the ranks to average over")
         self.max_grad_norm = max_grad_norm
+        self.process_group = process_group
+        self.partition = partition
+        self.grad_sync = grad_sync
+        self.split_strategy: SplitStrategy = split_strategy
         self.skipped_steps = 0
         self.last_step_skipped = False
         self.last_grad_norm: Tensor | None = None
-        self._units: dict[
-            Tensor, list[Units]
-        ] = {}  # made once: for many small matrices it would cost as much as the products
+        self._layout: Layout | None = None  # made once: for many small matrices it would cost as much as the products
         defaults = {
             "algorithm": "muon",
             "lr": lr,
@@ -130,28 +164,33 @@ class Muon(torch.optim.Optimizer):
             "maximize": maximize,
         }
         super().__init__(params, defaults)
+        self._lay_out()
+        # torch.amp.GradScaler leaves unscaling and the verdict to step(): ranks have to agree on it.
+        self._step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group; its options are checked and its state is allocated at once, so that a checkpoint always has
         every key.
+
+        Over ranks this is collective: elements are dealt out anew, and state moves with them.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group, self.defaults)
+            check_group(group, self.defaults)
             for parameter, name in _named(group):
                 _check_parameter(parameter, name, group)
-                if group["algorithm"] == "muon":
-                    self._units[parameter] = units_of(parameter, name)
+            if self._layout is not None:
+                self._lay_out()
         except ConfigError:
             self.param_groups.pop()
             raise
-        for parameter in group["params"]:
-            self._state_of(parameter, group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters that have a gradient.
+        """Update the parameters that have a gradient; one that has a gradient on some ranks only has zeros on the others.
+
+        Over ranks this is collective.
 
         Args:
             closure: Computes the loss and the gradients again.
@@ -163,169 +202,166 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        layout = self._made_layout()
 
-        active = [[p for p in group["params"] if p.grad is not None and p.numel()] for group in self.param_groups]
-        factor = self._check_gradients([p.grad for p in chain.from_iterable(active)])
-        if factor is None:
-            return loss
-        for group, parameters in zip(self.param_groups, active, strict=True):
-            if not parameters:
-                continue
-            scale = -factor if group["maximize"] else factor
-            grads: list[Tensor] = [p.grad for p in parameters]
-            if scale != 1.0:
-                grads = list(torch._foreach_mul(grads, scale))
-            if group["algorithm"] == "muon":
-                self._muon_step(group, parameters, grads)
-            else:
-                self._adamw_step(group, parameters, grads)
+        # 1. Averaged gradients of what this rank holds. If any is not finite, on any rank, nothing changes.
+        pieces, clip = self._gradients(layout)
+        muon = _by_group(pieces, "muon")
+        # 2, 3. Momentum and directions of units that ranks share; the directions start to travel to who orthogonalises.
+        shared = Sharing(muon, layout, clip)
+        # 2, 4, 5. Momentum, orthogonalisation and update of units that are whole on this rank.
+        for options, mine in muon:
+            newton_schulz = newton_schulz_of(options)
+            for batch in batches(block for piece in mine for block in piece.whole()):
+                directions = update_momentum(batch, options, clip)
+                updates = orthogonalize_units(directions, newton_schulz)
+                update_weights([block.weight for block in batch], updates, options, *batch[0].weight.shape[1:])
+        for options, mine in _by_group(pieces, "adamw"):
+            adamw_update(*_elements(mine), options, clip)
+        # 4, 5. Orthogonalisation and update of shared units.
+        shared.finish()
+        for piece in pieces:
+            piece.write_back()
+        # 6. Every rank gets every parameter.
+        if pieces:
+            layout.all_gather()
         return loss
+
+    def held(self, parameter: Tensor) -> Held:
+        """Of every rank, the ranges (start, stop) of the flattened parameter whose state it has, one after another."""
+        layout = self._made_layout()
+        return layout.held.get(parameter, (((0, parameter.numel()),),))
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle; the base class would leave out what is not of the groups."""
-        own = ("max_grad_norm", "skipped_steps", "last_step_skipped", "last_grad_norm", "_units")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in OWN}, "_layout": None}
 
-    # The stages of a step
+    # Gradients
 
-    def _check_gradients(self, grads: list[Tensor]) -> float | None:
-        """The factor that clips all gradients, or None if the step has to be skipped; no state is touched before
-        this is known.
+    def _gradients(self, layout: Layout) -> tuple[list[Piece], float]:
+        """What this rank holds of every parameter that has a gradient on some rank, and the factor that clips gradients.
+
+        One sum over all ranks tells the norm, whether all gradients are finite, and who has which; no state is touched
+        before. Without any gradient, or with one that is not finite, there are no pieces.
         """
         self.last_step_skipped = False
-        if not grads:
-            return 1.0
-        for grad in grads:
-            if grad.layout != torch.strided:
-                raise ConfigError(
-                    f"Muon takes dense gradients, found {grad.layout}; build the embedding with sparse=False"
-                )
-        norm = global_norm(grads)
-        self.last_grad_norm = norm
-        value = norm.item()
-        if not math.isfinite(value) and not all(bool(grad.isfinite().all()) for grad in grads):
+        grad_scale = getattr(self, "grad_scale", None)  # this and found_inf are set by torch.amp.GradScaler
+        unscale = 1.0 if grad_scale is None else 1 / float(grad_scale)
+        present = [member.parameter.grad is not None for member in layout.members]
+        if not layout.axes and not any(present):
+            return [], 1.0
+        if self.grad_sync == "reduce_scatter":
+            grads, unscale = layout.reduce_scatter(unscale), 1.0
+        else:
+            grads = layout.local_gradients()
+        square, found_inf, *ranks_with = layout.sum_over_ranks(
+            layout.sum_of_squares(grads), getattr(self, "found_inf", None), present
+        )
+        norm = math.sqrt(square) * unscale if square >= 0 else square
+        self.last_grad_norm = torch.tensor(norm, dtype=torch.float32, device=layout.device)
+        if found_inf or not math.isfinite(norm):
             self.last_step_skipped = True
             self.skipped_steps += 1
-            return None
-        if self.max_grad_norm is None:
-            return 1.0
-        return min(1.0, self.max_grad_norm / (value + 1e-6))
-
-    def _muon_step(self, group: Group, parameters: list[Tensor], grads: list[Tensor]) -> None:
-        lr, decay = float(group["lr"]), float(group["weight_decay"])
-        newton_schulz = _newton_schulz(
-            *(_hashable(group[key]) for key in ("ns", "ns_steps", "ns_norm", "ns_dtype", "ns_form"))
-        )
-        blocks: list[Block] = []
-        copies: list[tuple[Tensor, Tensor]] = []
-        for parameter, grad in zip(parameters, grads, strict=True):
-            weight = parameter.contiguous()  # a copy only for layouts such as channels_last
-            if weight is not parameter:
-                copies.append((parameter, weight))
-            momentum, grad = self._state_of(parameter, group)["momentum_buffer"], grad.contiguous()
-            blocks += [
-                Block(units.view(weight), units.view(grad), units.view(momentum)) for units in self._units[parameter]
-            ]
-        for batch in batches(blocks):
-            directions = update_momentum(batch, group["momentum"], group["nesterov"])
-            results = orthogonalize_units(directions, newton_schulz)
-            rows, cols = batch[0].weight.shape[1:]
-            factor = ADJUST_LR[group["adjust_lr"]](rows, cols, group["rms_scale"])
-            apply_update([block.weight for block in batch], results, 1 - lr * decay, -lr * factor)
-        for parameter, weight in copies:
-            parameter.copy_(weight)
-
-    def _adamw_step(self, group: Group, parameters: list[Tensor], grads: list[Tensor]) -> None:
-        adamw_update(
-            parameters,
-            grads,
-            [self._state_of(parameter, group) for parameter in parameters],
-            lr=group["lr"],
-            betas=group["betas"],
-            weight_decay=group["weight_decay"],
-            eps=group["adam_eps"],
-        )
+            return [], 1.0
+        clip = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (norm + 1e-6))
+        pieces = [
+            layout.piece(member, grad, self.state[member.parameter])
+            for member, grad, ranks in zip(layout.members, grads, ranks_with, strict=True)
+            if ranks
+        ]
+        return pieces, clip * unscale
 
     # State
 
-    def _state_of(self, parameter: Tensor, group: Group) -> dict[str, Tensor]:
-        state = self.state[parameter]
-        if not state:
-            wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            if group["algorithm"] == "muon":
-                dtype = (
-                    torch.promote_types(wide, group["momentum_dtype"])
-                    if wide == torch.float64
-                    else group["momentum_dtype"]
-                )
-                state["momentum_buffer"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
-            else:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                for key in ("exp_avg", "exp_avg_sq"):
-                    state[key] = torch.zeros(parameter.shape, dtype=wide, device=parameter.device)
-        return state
+    def _made_layout(self) -> Layout:
+        """Made again after a copy or a load with pickle."""
+        if self._layout is None:
+            self._lay_out()
+        assert self._layout is not None
+        return self._layout
+
+    def _lay_out(self) -> None:
+        """Deal parameters out, and allocate the state that is not there; under ZeRO-1 state moves with its elements."""
+        before, members = self._layout, []
+        for group in self.param_groups:
+            members += [Member(parameter, name, group) for parameter, name in _named(group) if parameter.numel()]
+        layout = lay_out(members, self.process_group, self.partition, self.split_strategy)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state.update(_new_state(parameter, group, layout))
+                elif before is not None and before.held.get(parameter) != layout.held.get(parameter):
+                    before.move_state(parameter, state, layout)
+        self._layout = layout
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank holds, in torch's layout, with a `layout` that says which part of the whole it is. The same ranks
+        load it again; full_state_dict and sharded_state_dict are for any number of ranks.
+        """
+        return {**super().state_dict(), "layout": layout_of(self)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state. That of torch.optim.Muon loads too, with its coefficients and its rule for the learning
-        rate.
+        rate. Over ranks, all of them load together.
 
         Every tensor keeps the dtype that this optimizer gave it, whatever the dtype of the parameter.
 
         Raises:
-            OptimizerStateError: Other groups, other parameter names, or other shapes.
+            OptimizerStateError: Other ranks, groups, names or shapes, or values that are not finite; nothing is changed.
         """
-        saved_groups = [_complete(saved, own) for saved, own in self._paired_groups(state_dict)]
-        saved_ids = list(chain.from_iterable(group["params"] for group in saved_groups))
-        parameters = [
-            (parameter, name, group)
-            for group, saved in zip(self.param_groups, saved_groups, strict=True)
-            for parameter, name in _named(group)
-        ]
-        own = {parameter: dict(self._state_of(parameter, group)) for parameter, _, group in parameters}
-        for (parameter, name, _), saved_id in zip(parameters, saved_ids, strict=True):
-            saved = state_dict["state"].get(saved_id, {})
-            for key, value in saved.items():
-                if key not in own[parameter]:
-                    raise OptimizerStateError(
-                        f"{name}: the saved state has {key!r}, expected {', '.join(own[parameter])}"
-                    )
-                if torch.is_tensor(value) and value.shape != own[parameter][key].shape:
-                    raise OptimizerStateError(
-                        f"{name}: the saved {key} has shape {tuple(value.shape)}, the parameter needs "
-                        f"{tuple(own[parameter][key].shape)}; were the groups built from the same model?"
-                    )
-        super().load_state_dict({"state": state_dict["state"], "param_groups": saved_groups})
-        # The base class casts to the parameter's dtype on the way; so take the values from the source again.
-        for (parameter, _, _), saved_id in zip(parameters, saved_ids, strict=True):
-            saved = state_dict["state"].get(saved_id, {})
-            self.state[parameter] = {
-                key: torch.as_tensor(saved[key]).to(fresh.device, fresh.dtype, copy=True) if key in saved else fresh
-                for key, fresh in own[parameter].items()
-            }
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        load_rank_state(self, state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
-    def _paired_groups(self, state_dict: Mapping[str, Any]) -> list[tuple[Group, Group]]:
-        saved_groups = state_dict["param_groups"]
-        if len(saved_groups) != len(self.param_groups):
-            raise OptimizerStateError(
-                f"the saved state has {len(saved_groups)} groups, this optimizer has {len(self.param_groups)}"
-            )
-        for index, (saved, own) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
-            if len(saved["params"]) != len(own["params"]):
-                raise OptimizerStateError(
-                    f"group {index}: the saved state has {len(saved['params'])} parameters, "
-                    f"this optimizer has {len(own['params'])}"
-                )
-            if saved.get("algorithm", own["algorithm"]) != own["algorithm"]:
-                raise OptimizerStateError(
-                    f"group {index}: the saved state is of {saved['algorithm']!r}, this group runs {own['algorithm']!r}"
-                )
-            for theirs, ours in zip(saved.get("param_names", ()), own.get("param_names", ()), strict=False):
-                if theirs != ours:
-                    raise OptimizerStateError(
-                        f"group {index}: the saved state has parameter {theirs!r} where this optimizer has {ours!r}; "
-                        f"build the groups in the same order"
-                    )
-        return list(zip(saved_groups, self.param_groups, strict=True))
+    def full_state_dict(self, *, rank0_only: bool = True) -> dict[str, Any]:
+        """The whole state by parameter name; see vlkit.optim.state."""
+        return full_state_dict(self, rank0_only=rank0_only)
+
+    def load_full_state_dict(
+        self,
+        state: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+        *,
+        reinitialize: Sequence[str] = (),
+        options: bool = True,
+    ) -> None:
+        """Take over a whole state, of vlkit or torch, on any number of ranks; see vlkit.optim.state."""
+        load_full_state_dict(self, state, reinitialize=reinitialize, options=options)
+
+    def sharded_state_dict(self) -> dict[str, Tensor | Part]:
+        """What this rank holds of every tensor, for torch.distributed.checkpoint; see vlkit.optim.state."""
+        return sharded_state_dict(self)
+
+    def load_sharded_state_dict(self, state: Mapping[str, Tensor | Part]) -> None:
+        """Take over a sharded state that was filled in place; see vlkit.optim.state."""
+        load_sharded_state_dict(self, state)
+
+
+def _new_state(parameter: Tensor, group: Group, layout: Layout) -> dict[str, Tensor]:
+    """Zeros for what this rank holds: of the parameter's shape, a DTensor like it, or 1-D under ZeRO-1."""
+    wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    if group["algorithm"] == "muon":
+        momentum_dtype = group["momentum_dtype"]
+        dtype = torch.promote_types(wide, momentum_dtype) if wide == torch.float64 else momentum_dtype
+        return {"momentum_buffer": layout.zeros(parameter, dtype)}
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return {"step": step, **{key: layout.zeros(parameter, wide) for key in ADAMW_STATE}}
+
+
+def _by_group(pieces: Sequence[Piece], algorithm: str) -> list[tuple[Group, list[Piece]]]:
+    groups: dict[int, tuple[Group, list[Piece]]] = {}
+    for piece in pieces:
+        if piece.group["algorithm"] == algorithm:
+            groups.setdefault(id(piece.group), (piece.group, []))[1].append(piece)
+    return list(groups.values())
+
+
+def _elements(pieces: Sequence[Piece]) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]]:
+    """Weights, gradients and state, for an algorithm that looks at every element by itself."""
+    return [piece.elements() for piece in pieces], [piece.grad for piece in pieces], [piece.state for piece in pieces]
 
 
 def _named(group: Group) -> list[tuple[Tensor, str]]:
@@ -333,16 +369,8 @@ def _named(group: Group) -> list[tuple[Tensor, str]]:
     return list(zip(group["params"], names, strict=True))
 
 
-@lru_cache(maxsize=64)
-def _newton_schulz(ns: Any, steps: Any, norm: Any, dtype: Any, form: Any) -> NewtonSchulz:
-    return NewtonSchulz.make(ns, steps, norm, dtype, form)
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(_hashable(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def _check_group(group: Group, known: Mapping[str, Any]) -> None:
+def check_group(group: Group, known: Mapping[str, Any]) -> None:
+    """Raises ConfigError if options of a group cannot be used."""
     unknown = set(group) - set(known) - {"params", "param_names", "initial_lr"}
     if unknown:
         raise ConfigError(f"unknown option {sorted(unknown)} in a parameter group; known are {', '.join(known)}")
@@ -358,28 +386,14 @@ def _check_group(group: Group, known: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key} must lie in [0, 1), found {group[key]}")
     if not group["momentum_dtype"].is_floating_point:
         raise ConfigError(f"momentum_dtype must be a floating-point dtype, found {group['momentum_dtype']}")
-    _newton_schulz(*(_hashable(group[key]) for key in ("ns", "ns_steps", "ns_norm", "ns_dtype", "ns_form")))
+    newton_schulz_of(group)
 
 
 def _check_parameter(parameter: Tensor, name: str, group: Group) -> None:
     if not parameter.is_floating_point():
         raise ConfigError(f"{name} is {parameter.dtype}; Muon and its AdamW take real floating-point parameters")
-    if hasattr(parameter, "placements"):
-        raise ConfigError(
-            f"{name} is a DTensor; this optimizer works on whole parameters, so use it without fully_shard"
-        )
     if group["algorithm"] == "muon" and parameter.numel():
-        form = _newton_schulz(*(_hashable(group[key]) for key in ("ns", "ns_steps", "ns_norm", "ns_dtype", "ns_form")))
+        form = newton_schulz_of(group)
         dtype = form.compute_dtype(parameter.device)
         for units in units_of(parameter, name):
             form.uses_gram(units.rows, units.cols, dtype)  # raises where a forced Gram form would diverge
-
-
-def _complete(saved: Group, own: Group) -> Group:
-    """A saved group with every option of ours: what it lacks stays as it is here."""
-    saved = dict(saved)
-    if "ns_coefficients" in saved:  # torch.optim.Muon
-        saved["ns"] = tuple(saved.pop("ns_coefficients"))
-        saved["adjust_lr"] = saved.pop("adjust_lr_fn", None) or "original"
-        saved.pop("eps", None)
-    return {**own, **saved}

@@ -8,9 +8,11 @@ All but the orthogonalisation are elementwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ ADJUST_LR: dict[str, Callable[[int, int, float], float]] = {
     "spectral_unclamped": lambda rows, cols, rms: math.sqrt(rows / cols),
     "none": lambda rows, cols, rms: 1.0,
 }
+
+
+ADAMW_STATE = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -64,18 +69,24 @@ def batches(blocks: Iterable[Block]) -> Iterator[list[Block]]:
         yield batch
 
 
-def update_momentum(blocks: list[Block], momentum: float, nesterov: bool) -> list[Tensor]:
+def update_momentum(blocks: list[Block], options: Mapping[str, Any], factor: float) -> list[Tensor]:
     """Move the running means towards the gradients, and return the directions; elementwise, so exact on any slice of
     a unit.
+
+    Args:
+        blocks: Of equal dtypes; the momentum is written to.
+        options: A parameter group.
+        factor: That clips and unscales gradients.
     """
+    momentum = options["momentum"]
     state = [block.momentum for block in blocks]
     wide = torch.promote_types(state[0].dtype, torch.float32)
     means = _cast(state, wide)
-    grads = _cast([block.grad for block in blocks], wide)
+    grads = _cast(_scaled([block.grad for block in blocks], options, factor), wide)
     torch._foreach_lerp_(means, grads, 1 - momentum)
     if means[0] is not state[0]:
         torch._foreach_copy_(state, means)
-    return list(torch._foreach_lerp(grads, means, momentum)) if nesterov else means
+    return list(torch._foreach_lerp(grads, means, momentum)) if options["nesterov"] else means
 
 
 def orthogonalize_units(directions: list[Tensor], newton_schulz: NewtonSchulz) -> list[Tensor]:
@@ -89,8 +100,21 @@ def orthogonalize_units(directions: list[Tensor], newton_schulz: NewtonSchulz) -
     return list(newton_schulz(stacked).to(directions[0].dtype).split(counts))
 
 
-def apply_update(weights: list[Tensor], updates: list[Tensor], decay: float, scale: float) -> None:
-    """weight <- decay * weight + scale * update, rounded once."""
+def update_weights(
+    weights: list[Tensor], updates: list[Tensor], options: Mapping[str, Any], rows: int, cols: int
+) -> None:
+    """weight <- (1 - lr * weight_decay) * weight - lr * factor * update, rounded once; elementwise.
+
+    Args:
+        weights: Units, or slices of units; written to.
+        updates: The same elements of the orthogonalised units.
+        options: A parameter group.
+        rows: Rows of the units.
+        cols: Columns of the units.
+    """
+    lr = float(options["lr"])
+    factor = ADJUST_LR[options["adjust_lr"]](rows, cols, options["rms_scale"])
+    decay, scale = 1 - lr * float(options["weight_decay"]), -lr * factor
     wide = _cast(weights, updates[0].dtype)
     if decay != 1.0:
         torch._foreach_mul_(wide, decay)
@@ -100,47 +124,116 @@ def apply_update(weights: list[Tensor], updates: list[Tensor], decay: float, sca
 
 
 def adamw_update(
-    parameters: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    weights: list[Tensor],
+    grads: list[Tensor],
     states: Sequence[dict[str, Tensor]],
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    weight_decay: float,
-    eps: float,
+    options: Mapping[str, Any],
+    factor: float,
 ) -> None:
-    """One step of AdamW on weights and state, in the dtype of the state; elementwise."""
-    weights = [parameter.to(state["exp_avg"].dtype) for parameter, state in zip(parameters, states, strict=True)]
-    grads = [grad.to(state["exp_avg"].dtype) for grad, state in zip(grads, states, strict=True)]
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+    """One step of AdamW on weights and state, in the dtype of the state; elementwise, and exact on any slice.
+
+    Args:
+        weights: Parameters, or slices of them, contiguous; written to.
+        grads: The same elements of the gradients.
+        states: The same elements of exp_avg and exp_avg_sq, and step.
+        options: A parameter group.
+        factor: That clips and unscales gradients.
+    """
+    torch._foreach_add_([state["step"] for state in states], 1)
+    filled = [i for i, weight in enumerate(weights) if weight.numel()]
+    if not filled:
+        return
+    dtype = states[0]["exp_avg"].dtype
+    wide = [weights[i].to(dtype) for i in filled]
+    scaled = _cast(_scaled([grads[i] for i in filled], options, factor), dtype)
+    columns = [wide, scaled, *([states[i][key] for i in filled] for key in ADAMW_STATE)]
+    # The kernel counts the step itself; the counters of slices may be seen by no other rank, so they count here.
+    steps = [states[i]["step"] - 1 for i in filled]
+    if weights[0].device.type == "cpu":
+        with _whole_vectors(columns, steps) as (columns_, steps_):
+            _adamw(columns_, steps_, options)
+    else:
+        _adamw(columns, steps, options)
+    for i, weight in zip(filled, wide, strict=True):
+        if weight is not weights[i]:
+            weights[i].copy_(weight)
+
+
+def _adamw(columns: list[list[Tensor]], steps: list[Tensor], options: Mapping[str, Any]) -> None:
+    weights, grads, means, squares = columns
+    fused = all(weight.device.type in ("cpu", "cuda") for weight in weights)
     adamw(
         weights,
         grads,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        means,
+        squares,
         [],
-        [state["step"] for state in states],
+        steps,
         foreach=False if fused else None,
         fused=fused,
         amsgrad=False,
-        beta1=betas[0],
-        beta2=betas[1],
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
+        beta1=options["betas"][0],
+        beta2=options["betas"][1],
+        lr=options["lr"],
+        weight_decay=options["weight_decay"],
+        eps=options["adam_eps"],
         maximize=False,
     )
-    for parameter, weight in zip(parameters, weights, strict=True):
-        if weight is not parameter:
-            parameter.copy_(weight)
+
+
+@contextmanager
+def _whole_vectors(
+    columns: list[list[Tensor]], steps: list[Tensor]
+) -> Iterator[tuple[list[list[Tensor]], list[Tensor]]]:
+    """The same tensors in lengths that are multiples of 64 bytes, with what is left over of all of them in extra tensors.
+
+    The fused kernel treats the last elements of a tensor, fewer than a vector register holds, with code that rounds
+    differently. So an element's result would depend on where in a slice it lies.
+    """
+    size = 64 // columns[0][0].element_size()
+    flat = [[tensor.view(-1) for tensor in column] for column in columns]
+    lengths = [tensor.numel() for tensor in flat[0]]
+    bodies = [[tensor[: n - n % size] for tensor, n in zip(column, lengths, strict=True)] for column in flat]
+    rests = [[tensor[n - n % size :] for tensor, n in zip(column, lengths, strict=True)] for column in flat]
+    at_step: dict[float, list[int]] = {}
+    for i, n in enumerate(lengths):
+        if n % size:
+            at_step.setdefault(float(steps[i]), []).append(i)
+    copies = []
+    kept = [i for i, n in enumerate(lengths) if n >= size]
+    result = [[column[i] for i in kept] for column in bodies]
+    counters = [steps[i] for i in kept]
+    for indices in at_step.values():
+        for column, rest in zip(result, rests, strict=True):
+            joined = torch.cat([rest[i] for i in indices])
+            column.append(torch.nn.functional.pad(joined, (0, -len(joined) % size)))
+            copies.append(([rest[i] for i in indices], column[-1]))
+        counters.append(steps[indices[0]].clone())
+    yield result, counters
+    for parts, joined in copies:
+        counts = [len(part) for part in parts]
+        torch._foreach_copy_(parts, list(joined[: sum(counts)].split(counts)))
+
+
+@lru_cache(maxsize=64)
+def _newton_schulz(*options: Any) -> NewtonSchulz:
+    return NewtonSchulz.make(*options)
+
+
+def newton_schulz_of(options: Mapping[str, Any]) -> NewtonSchulz:
+    """How a parameter group orthogonalises."""
+    return _newton_schulz(*(_hashable(options[key]) for key in ("ns", "ns_steps", "ns_norm", "ns_dtype", "ns_form")))
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(_hashable(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _scaled(grads: list[Tensor], options: Mapping[str, Any], factor: float) -> list[Tensor]:
+    scale = -factor if options["maximize"] else factor
+    return grads if scale == 1.0 else list(torch._foreach_mul(grads, scale))
 
 
 def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return tensors if tensors[0].dtype == dtype else [tensor.to(dtype) for tensor in tensors]
-
-
-def global_norm(grads: list[Tensor]) -> Tensor:
-    """The 2-norm over all gradients, accumulated in fp32 (or fp64), on the device of the first."""
-    wide = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
-    norms = torch._foreach_norm(grads, 2, dtype=wide)
-    return torch.linalg.vector_norm(torch.stack([norm.to(grads[0].device) for norm in norms]))
+    """All to one dtype; no copies where they have it."""
+    return tensors if all(tensor.dtype == dtype for tensor in tensors) else [tensor.to(dtype) for tensor in tensors]

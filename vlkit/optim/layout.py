@@ -1,0 +1,359 @@
+"""How the parameters of an optimizer lie over ranks, and what follows for one rank: made once, used at every step.
+
+one process      every rank's holding is everything
+process_group    ZeRO-1: parameters on every rank, elements of the state dealt out; gradients averaged before or here
+DTensors         FSDP2: parameters, gradients and state in equal shards
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import zip_longest
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vlkit.errors import ConfigError
+from vlkit.optim import collectives
+from vlkit.optim.agree import gather_json
+from vlkit.optim.dtensor import copies_of, holdings_of, is_dtensor, like_parameter, local_of
+from vlkit.optim.partition import Bucket, Held, Holding, Place, SplitStrategy, deal_flat, deal_spans, holding_of
+from vlkit.optim.units import Span, spans_of, units_of
+from vlkit.optim.update import Block
+
+
+class Member(NamedTuple):
+    """A parameter with elements, its name, and the group of the optimizer that it is in."""
+
+    parameter: Tensor
+    name: str
+    group: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What this rank holds of every parameter.
+
+    Attributes:
+        members: All parameters, in the order of the groups.
+        holdings: Of each parameter.
+        sharing: The ranks with which this one shares units of a parameter, where it does.
+        buckets: Under ZeRO-1, parameters dealt out together.
+        group: Under ZeRO-1, all ranks.
+        axes: Groups along which to sum, one after the other, for a sum over all ranks; none in one process.
+        weight: Of this rank's elements of a parameter in such a sum: one over the number of ranks that hold them too.
+    """
+
+    members: tuple[Member, ...]
+    holdings: Mapping[Tensor, Holding]
+    sharing: Mapping[Tensor, dist.ProcessGroup] = field(default_factory=dict)
+    buckets: tuple[Bucket, ...] = ()
+    group: dist.ProcessGroup | None = None
+    axes: tuple[dist.ProcessGroup, ...] = ()
+    weight: Mapping[Tensor, float] = field(default_factory=dict)
+
+    @cached_property
+    def held(self) -> dict[Tensor, Held]:
+        """Under ZeRO-1, what every rank holds of each parameter."""
+        return {p: held for bucket in self.buckets for p, held in zip(bucket.parameters, bucket.held, strict=True)}
+
+    @property
+    def device(self) -> torch.device:
+        return self.members[0].parameter.device
+
+    def zeros(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """For state of what this rank holds of a parameter."""
+        if is_dtensor(parameter):
+            local = local_of(parameter)
+            return like_parameter(torch.zeros(local.shape, dtype=dtype, device=local.device), parameter)
+        shape = parameter.shape if self.group is None else (self.holdings[parameter].numel,)
+        return torch.zeros(shape, dtype=dtype, device=parameter.device)
+
+    def piece(self, member: Member, grad: Tensor | None, state: dict[str, Tensor]) -> Piece:
+        """A parameter for one step; without a gradient here, it is zeros."""
+        parameter, _, group = member
+        holding = self.holdings[parameter]
+        weight = local_of(parameter).contiguous()
+        if grad is None:
+            grad = weight.new_zeros(holding.numel if self.group is not None else weight.shape)
+        return Piece(parameter, group, holding, weight, grad, {key: local_of(value) for key, value in state.items()})
+
+    # Gradients
+
+    def local_gradients(self) -> list[Tensor | None]:
+        """Of what this rank holds of every parameter; contiguous."""
+        grads: list[Tensor | None] = []
+        for parameter, name, _ in self.members:
+            grad = _checked_gradient(parameter, name)
+            if grad is not None and self.group is not None:
+                ranges = [grad.view(-1)[start:stop] for start, stop in self.holdings[parameter].ranges]
+                grad = ranges[0] if len(ranges) == 1 else torch.cat([grad.new_empty(0), *ranges])
+            grads.append(grad)
+        return grads
+
+    def reduce_scatter(self, factor: float) -> list[Tensor | None]:
+        """The mean over all ranks of their gradients times factor, of what this rank holds; fp32 or fp64."""
+        assert self.group is not None
+        found: dict[Tensor, Tensor] = {}
+        names = {member.parameter: member.name for member in self.members}
+        for bucket in self.buckets:
+            grads = [_checked_gradient(parameter, names[parameter]) for parameter in bucket.parameters]
+            means = collectives.reduce_scatter(grads, bucket, factor, self.group)
+            found.update(zip(bucket.parameters, means, strict=True))
+        return [found[member.parameter] for member in self.members]
+
+    def sum_of_squares(self, grads: Sequence[Tensor | None]) -> Tensor:
+        """Over the gradients of this rank, each element counted as 1 / number of ranks that have it.
+
+        In fp64 where the device has it, so that neither large values nor the order of summation show.
+        """
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        found = [
+            (grad, self.weight.get(member.parameter, 1.0))
+            for member, grad in zip(self.members, grads, strict=True)
+            if grad is not None and grad.numel()
+        ]
+        if not found:
+            return torch.zeros((), dtype=wide, device=self.device)
+        norms = torch._foreach_norm([grad for grad, _ in found], 2, dtype=wide)
+        weights = torch.tensor([weight for _, weight in found], dtype=wide, device=self.device)
+        return (torch.stack([norm.to(self.device) for norm in norms]).square() * weights).sum()
+
+    def sum_over_ranks(self, square: Tensor, found_inf: Tensor | None, present: Sequence[bool]) -> list[float]:
+        """[square, found_inf, number of ranks that have each gradient], summed over all ranks: one message."""
+        flags = torch.tensor([0.0, *map(float, present)], dtype=square.dtype, device=square.device)
+        if found_inf is not None:
+            flags[0] = found_inf.to(square.device)
+        totals = torch.cat([square.view(1), flags])
+        for group in self.axes:
+            dist.all_reduce(totals, group=group)
+        return totals.tolist()
+
+    # Parameters and state
+
+    def all_gather(self) -> None:
+        """Under ZeRO-1, bring all parameters up to date on all ranks."""
+        for bucket in self.buckets:
+            assert self.group is not None
+            flat = [parameter.detach().contiguous() for parameter in bucket.parameters]
+            collectives.all_gather([weight.view(-1) for weight in flat], bucket, self.group)
+            for parameter, weight in zip(bucket.parameters, flat, strict=True):
+                if weight.data_ptr() != parameter.data_ptr():
+                    parameter.detach().copy_(weight)
+
+    def move_state(self, parameter: Tensor, state: dict[str, Tensor], new: Layout) -> None:
+        """Deal the state of a parameter out as another layout says; collective."""
+        for key, value in state.items():
+            if value.ndim:
+                whole = value.new_zeros(parameter.numel())
+                position = 0
+                for start, stop in self.holdings[parameter].ranges:
+                    whole[start:stop] = value[position : position + stop - start]
+                    position += stop - start
+                dist.all_reduce(whole, group=self.group)
+                ranges = [whole[start:stop] for start, stop in new.holdings[parameter].ranges]
+                state[key] = torch.cat([whole.new_empty(0), *ranges])
+
+
+@dataclass
+class Piece:
+    """What this rank holds of a parameter, during a step; all tensors are contiguous.
+
+    Attributes:
+        parameter: The parameter.
+        group: Its options.
+        holding: What is held.
+        weight: The parameter's elements (of a DTensor, its local ones): itself, or a copy in row-major order.
+        grad: Of the elements held, one range after another.
+        state: The same; and scalars.
+    """
+
+    parameter: Tensor
+    group: dict[str, Any]
+    holding: Holding
+    weight: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+
+    def elements(self) -> Tensor:
+        """The elements held, of a parameter that is held in one run."""
+        ((start, stop),) = self.holding.ranges or ((0, 0),)
+        return self.weight if stop - start == self.weight.numel() else self.weight.view(-1)[start:stop]
+
+    def whole(self) -> Iterator[Block]:
+        """The units that this rank has all of."""
+        momentum = self.state["momentum_buffer"]
+        for units, (at, local) in self.holding.whole:
+            yield Block(
+                units.view(_after(self.weight, at)),
+                units.view(_after(self.grad, local)),
+                units.view(_after(momentum, local)),
+            )
+
+    def share(self, place: Place, size: int) -> Block:
+        """A share of a unit that other ranks hold too, 1-D."""
+        at, local = slice(place.at, place.at + size), slice(place.local, place.local + size)
+        momentum = self.state["momentum_buffer"]
+        return Block(self.weight.view(-1)[at], self.grad.view(-1)[local], momentum.view(-1)[local])
+
+    def write_back(self) -> None:
+        """Where the parameter is not in row-major order."""
+        local = local_of(self.parameter)
+        if local.data_ptr() != self.weight.data_ptr():
+            local.copy_(self.weight)
+
+
+def _after(tensor: Tensor, start: int) -> Tensor:
+    return tensor if start == 0 else tensor.view(-1)[start:]
+
+
+def lay_out(
+    members: Sequence[Member],
+    process_group: dist.ProcessGroup | None,
+    partition: Literal["flat", "matrix"],
+    strategy: SplitStrategy,
+) -> Layout:
+    """The layout of an optimizer; collective over ranks.
+
+    Raises:
+        ConfigError: DTensors and a process group, DTensors that cannot be laid out, or ranks that do not agree.
+    """
+    sharded = [member for member in members if is_dtensor(member.parameter)]
+    if process_group is not None:
+        if sharded:
+            raise ConfigError(
+                f"{sharded[0].name} is a DTensor: its mesh says how it is sharded, so leave process_group=None"
+            )
+        return _zero1(members, process_group, partition, strategy)
+    if sharded:
+        return _fsdp(members)
+    return Layout(tuple(members), {member.parameter: _everything(member) for member in members})
+
+
+def _checked_gradient(parameter: Tensor, name: str) -> Tensor | None:
+    """What this rank has of the gradient, contiguous."""
+    grad = parameter.grad
+    if grad is None:
+        return None
+    if grad.layout != torch.strided:
+        raise ConfigError(
+            f"{name}: Muon takes dense gradients, found {grad.layout}; build the embedding with sparse=False"
+        )
+    if getattr(grad, "placements", None) != getattr(parameter, "placements", None):
+        raise ConfigError(f"{name}: the gradient lies as {grad.placements}, the parameter as {parameter.placements}")  # type: ignore[attr-defined]
+    return local_of(grad).contiguous()
+
+
+def _everything(member: Member) -> Holding:
+    ranges = ((0, member.parameter.numel()),)
+    if member.group["algorithm"] != "muon":
+        return Holding(ranges)
+    return Holding(ranges, tuple((units, Place(0, 0)) for units in units_of(member.parameter, member.name)))
+
+
+def _spans(member: Member) -> list[Span]:
+    return spans_of(units_of(member.parameter, member.name)) if member.group["algorithm"] == "muon" else []
+
+
+def _zero1(
+    members: Sequence[Member],
+    group: dist.ProcessGroup,
+    partition: Literal["flat", "matrix"],
+    strategy: SplitStrategy,
+) -> Layout:
+    rank, num_ranks = group.rank(), group.size()
+    _agree(members, [group], {"partition": partition, "split_strategy": strategy})
+    together: dict[tuple[object, ...], list[Member]] = {}
+    for member in members:
+        key = (member.group["algorithm"], member.parameter.device, member.parameter.dtype)
+        together.setdefault(key, []).append(member)
+    buckets, holdings = [], {}
+    for mine in together.values():
+        spans = [_spans(member) for member in mine]
+        if partition == "matrix" and spans[0]:
+            held = deal_spans(spans, num_ranks)
+        else:
+            held = deal_flat([member.parameter.numel() for member in mine], num_ranks)
+        buckets.append(Bucket.of([member.parameter for member in mine], held))
+        for member, ranges, its_spans in zip(mine, held, spans, strict=True):
+            holdings[member.parameter] = holding_of(ranges, rank, its_spans, strategy)
+    return Layout(
+        tuple(members),
+        {member.parameter: holdings[member.parameter] for member in members},
+        {member.parameter: group for member in members},
+        tuple(buckets),
+        group,
+        (group,),
+        {member.parameter: 1.0 for member in members},
+    )
+
+
+def _fsdp(members: Sequence[Member]) -> Layout:
+    """Plain parameters among DTensors are taken to be on every rank, with equal gradients."""
+    meshes = {id(p.device_mesh): p.device_mesh for p, _, _ in members if is_dtensor(p)}  # type: ignore[attr-defined]
+    largest = max(meshes.values(), key=lambda mesh: mesh.size())
+    ranks = set(largest.mesh.flatten().tolist())
+    for parameter, name, _ in members:
+        mesh = getattr(parameter, "device_mesh", largest)
+        if not set(mesh.mesh.flatten().tolist()) <= ranks:
+            raise ConfigError(
+                f"{name} lies on {mesh}, other parameters on {largest}: norms and verdicts are made on all ranks of one "
+                f"mesh, so give parameters that live on other ranks to an optimizer of their own"
+            )
+    axes = tuple(largest.get_group(axis) for axis in range(largest.ndim))
+    _agree(members, axes, {})
+    sharded = [member for member in members if is_dtensor(member.parameter)]
+    found = holdings_of(
+        [member.parameter for member in sharded], [_spans(member) for member in sharded], [m.name for m in sharded]
+    )
+    holdings = {member.parameter: holding for member, (holding, _) in zip(sharded, found, strict=True)}
+    weight = {}
+    for member in members:
+        parameter = member.parameter
+        if parameter in holdings:
+            mesh = parameter.device_mesh  # type: ignore[attr-defined]
+            weight[parameter] = mesh.size() / (copies_of(parameter) * largest.size())
+        else:
+            holdings[parameter] = _everything(member)
+            weight[parameter] = 1 / largest.size()
+    return Layout(
+        tuple(members),
+        {member.parameter: holdings[member.parameter] for member in members},
+        {member.parameter: group for member, (_, group) in zip(sharded, found, strict=True) if group is not None},
+        axes=axes,
+        weight=weight,
+    )
+
+
+def _agree(members: Sequence[Member], axes: Sequence[dist.ProcessGroup], options: dict[str, Any]) -> None:
+    """Ranks that differ in a parameter or an option would wait for one another, or mix up weights.
+
+    Raises:
+        ConfigError: On every rank, with the first difference.
+    """
+    rows = [[key, str(value)] for key, value in options.items()]
+    for parameter, name, chosen in members:
+        settings = {key: value for key, value in chosen.items() if key not in ("params", "param_names")}
+        units = [str(unit) for unit in units_of(parameter, name)] if chosen["algorithm"] == "muon" else []
+        rows.append(
+            [name, str(tuple(parameter.shape)), str(parameter.dtype), str(getattr(parameter, "placements", "")), *units]
+            + [f"{key}={float(value) if isinstance(value, Tensor) else value}" for key, value in settings.items()]
+        )
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    for group in axes:
+        if len(set(gather_json(digest, group))) == 1:
+            continue
+        tables = gather_json(rows, group)
+        for rank, table in enumerate(tables):
+            for index, (ours, theirs) in enumerate(zip_longest(tables[0], table)):
+                if ours != theirs:
+                    raise ConfigError(
+                        f"ranks do not have the same parameters and options: entry {index} is {ours} on rank 0 and "
+                        f"{theirs} on rank {rank} of the group"
+                    )
