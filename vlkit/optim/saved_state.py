@@ -119,6 +119,18 @@ def plan_load(
 
 
 def read_state(state: State, wanted: Wanted, *, alone: bool = True) -> Saved:
+    """What a state says; see `_read`.
+
+    Raises:
+        OptimizerStateError: It is no state, or it cannot be told whose values it has.
+    """
+    try:
+        return _read(state, wanted, alone=alone)
+    except (KeyError, TypeError, AttributeError) as bad:
+        raise OptimizerStateError(f"the saved state cannot be understood: {bad!r}") from bad
+
+
+def _read(state: State, wanted: Wanted, *, alone: bool) -> Saved:
     """A full state, or one in torch's layout, where parameters are numbers: known by their names if the state has them, else
     by their place.
 
@@ -126,9 +138,6 @@ def read_state(state: State, wanted: Wanted, *, alone: bool = True) -> Saved:
         state: The state.
         wanted: Where its parameters are looked for.
         alone: It is all; else its groups are ours with its algorithms.
-
-    Raises:
-        OptimizerStateError: It is no state, or it cannot be told whose values it has.
     """
     for key in ("state", "param_groups"):
         if key not in state:
@@ -137,9 +146,10 @@ def read_state(state: State, wanted: Wanted, *, alone: bool = True) -> Saved:
                 f"empty, truncated, or not the state of an optimizer"
             )
     header = state.get("header", state.get("layout", {}))
-    if header.get("version", VERSION) > VERSION:
+    version = header.get("version", VERSION)
+    if version != VERSION:
         raise OptimizerStateError(
-            f"the saved state has version {header['version']}, this release reads up to {VERSION}; use a newer one"
+            f"the saved state has version {version!r}, this release reads {VERSION}; was it written by a newer one?"
         )
     form = header.get("momentum_form", "ema")
     if form not in ("ema", "sum"):

@@ -78,9 +78,10 @@ class Slot:
 
 def ranks_of(optimizer: Muon) -> dist.ProcessGroup | None:
     """The ranks that hold this state together; None for a process by itself."""
-    group: dist.ProcessGroup | None = getattr(optimizer, "process_group", None)
+    if optimizer.process_group is not None:
+        return optimizer.process_group
     parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    return group or (world() if any(map(is_dtensor, parameters)) else None)
+    return world() if any(map(is_dtensor, parameters)) else None
 
 
 def names_of(optimizer: Muon) -> list[list[str]]:
@@ -104,12 +105,13 @@ def names_of(optimizer: Muon) -> list[list[str]]:
 def slots_of(optimizer: Muon) -> list[Slot]:
     """Every tensor of state, in the same order on every rank."""
     slots = []
-    spread = getattr(optimizer, "process_group", None) is not None
+    num_ranks = num_ranks_in(optimizer.process_group)
     for group, names in zip(optimizer.param_groups, names_of(optimizer), strict=True):
         for parameter, name in zip(group["params"], names, strict=True):
             for key, tensor in optimizer.state[parameter].items():
-                if spread and tensor.dim():
-                    slots.append(Slot(name, key, tensor, tuple(parameter.shape), optimizer.held(parameter)))
+                if optimizer.process_group is not None and tensor.dim():
+                    held = optimizer.held(parameter) if parameter.numel() else [()] * num_ranks
+                    slots.append(Slot(name, key, tensor, tuple(parameter.shape), held))
                 else:
                     slots.append(Slot(name, key, tensor, tuple(tensor.shape)))
     return slots
@@ -433,9 +435,9 @@ def _take_sharded(optimizer: Muon, state: Mapping[str, Tensor | Part]) -> None:
             f"the sharded state has {len(state)} entries, this optimizer {len(own)}: missing {listed(missing)}; "
             f"foreign {listed(foreign)}"
         )
-    if int(_local(state["header.version"])) > VERSION:
+    if int(_local(state["header.version"])) != VERSION:
         raise OptimizerStateError(
-            f"the sharded state has version {int(_local(state['header.version']))}, this release reads up to {VERSION}"
+            f"the sharded state has version {int(_local(state['header.version']))}, this release reads {VERSION}"
         )
     for name, target in own.items():
         if name.startswith("state."):
