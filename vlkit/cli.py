@@ -1,4 +1,4 @@
-"""The command line: `vlkit demo`, `generate`, `train`, `list`, `info`.
+"""The command line: `vlkit demo`, `generate`, `train`, `list`, `info`, `plan`.
 
 Heavy imports happen inside the commands, so that `vlkit --help` answers at once.
 """
@@ -249,6 +249,72 @@ def info(
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         typer.echo(f"{label:<{width}}  {text}")
+
+
+@app.command()
+def plan(
+    name: Annotated[str, typer.Argument(help="A model, or a folder with a saved model.")],
+    ranks: Annotated[int, typer.Option(min=1, help="Processes, one per accelerator.")] = 1,
+    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of weights and gradients.")] = "bf16",
+    compute_dtype: Annotated[
+        Literal["bf16", "fp32"] | None, typer.Option(help="Of the products, with fsdp; by default that of the weights.")
+    ] = None,
+    optimizer: Annotated[Literal["muon", "adamw"], typer.Option(help="Rule for the matrices.")] = "muon",
+    sharding: Annotated[
+        Literal["none", "zero1", "fsdp"],
+        typer.Option(help="What is divided among ranks: the optimizer's state (zero1), or weights and gradients too."),
+    ] = "zero1",
+    partition: Annotated[
+        Literal["flat", "matrix"], typer.Option(help="How zero1 divides Muon's state: equal ranges, or whole matrices.")
+    ] = "flat",
+    replicate: Annotated[int, typer.Option(min=1, help="Copies of the sharded model, with fsdp.")] = 1,
+    expert_parallel: Annotated[
+        int, typer.Option(min=1, help="Ranks over which the experts of a layer are spread, with fsdp.")
+    ] = 1,
+    sequence: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="TOKENS", help="Of a sequence, its images included; by default 8192, or all positions."
+        ),
+    ] = None,
+    image: Annotated[str, typer.Option(metavar="WxH", help="Size of every image, in pixels.")] = "1024x768",
+    images_per_sequence: Annotated[int, typer.Option(min=0, help="Images in every sequence.")] = 1,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, metavar="TOKENS", help="Of one forward on one rank; by default one sequence.")
+    ] = None,
+    micro_batches: Annotated[int, typer.Option(min=1, help="Forwards of one rank in a step.")] = 1,
+    checkpointing: Annotated[
+        Literal["none", "selective", "full"],
+        typer.Option(help="What is computed again in the backward: what lies between products, or whole blocks."),
+    ] = "none",
+    as_json: Annotated[bool, typer.Option("--json", help="Exact numbers, for programs.")] = False,
+) -> None:
+    """Say what training a model over many ranks takes: memory, operations and traffic of one rank.
+
+    Nothing is allocated, and no rank is started. vlkit plan kimi-vl-a3b --ranks 64 --sharding fsdp
+    """
+    import json
+
+    from vlkit.training.plan import plan as make_plan
+
+    made = make_plan(
+        name,
+        ranks=ranks,
+        dtype=dtype,
+        compute_dtype=compute_dtype,
+        optimizer=optimizer,
+        sharding=sharding,
+        partition=partition,
+        replicate=replicate,
+        expert_parallel=expert_parallel,
+        sequence=sequence,
+        image=_parse_size(image),
+        images_per_sequence=images_per_sequence,
+        micro_batch=micro_batch,
+        micro_batches=micro_batches,
+        checkpointing=checkpointing,
+    )
+    typer.echo(json.dumps(made.to_dict(), indent=2) if as_json else str(made))
 
 
 def _saved(folder: Path) -> tuple[VisionLanguageModel, ImageRule | None]:

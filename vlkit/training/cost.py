@@ -35,6 +35,7 @@ from vlkit.errors import ConfigError
 from vlkit.llm.output import Deep
 from vlkit.models.vlm import VisionLanguageModel
 from vlkit.packing import Layout, Packed
+from vlkit.training.recompute import SAVED, blocks_of
 
 aten, own = torch.ops.aten, torch.ops.vlkit
 
@@ -52,6 +53,8 @@ class Cost:
         kept_outside: Those of them that are kept whether or not blocks are computed again: what lies outside of blocks.
         inputs: Bytes of the blocks' inputs, all that is kept of blocks that are computed again.
         largest_block: Bytes that the block keeps that keeps most.
+        products: Bytes of the results of the blocks' products, attentions and experts: what is kept of blocks besides their
+            inputs where the rest is computed again.
         block_forward: Operations of the blocks' forward with their attention: what computing them again costs.
     """
 
@@ -63,6 +66,7 @@ class Cost:
     kept_outside: int = 0
     inputs: int = 0
     largest_block: int = 0
+    products: int = 0
     block_forward: int = 0
 
     @property
@@ -196,6 +200,7 @@ class _Tally(TorchDispatchMode):
     def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.results = 0
         self.in_backward = False
         self.kept: dict[int, torch.UntypedStorage] = {}
         self.not_kept = {_memory(p) for p in parameters}
@@ -207,7 +212,10 @@ class _Tally(TorchDispatchMode):
             if func.overloadpacket in table:
                 name = _BACKWARD[name] if self.in_backward else name
                 self.counts[name] += table[func.overloadpacket](*args)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if not self.in_backward and func.overloadpacket.__name__ in SAVED:
+            self.results += sum(t.numel() * t.element_size() for t in tree_leaves(result))
+        return result
 
     def keep(self, tensor: Tensor) -> Tensor:
         """What autograd calls with every tensor that it saves."""
@@ -230,7 +238,7 @@ class _Trace:
     A block's output is cut off from what made it, so the graph falls into pieces, each of which is differentiated for itself.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: VisionLanguageModel) -> None:
         self.model = model
         self.tally = _Tally(model.parameters())
         self.known: dict[object, tuple[Cost, Any]] = {}
@@ -251,19 +259,17 @@ class _Trace:
     @contextmanager
     def _in_place(self) -> Iterator[None]:
         """Calls of blocks come here, as long as the context lasts."""
-        blocks: list[Any] = [
-            block
-            for name, module in self.model.named_modules()
-            if name.rpartition(".")[2] == "blocks" and isinstance(module, nn.ModuleList | nn.Sequential)
-            for block in module
-        ]
+        blocks: list[Any] = [*blocks_of(self.model.vision), *blocks_of(self.model.llm)]
+        own = [vars(block).pop("forward", None) for block in blocks]
         for block in blocks:
             block.forward = partial(self._block, block, block.forward)
         try:
             yield
         finally:
-            for block in blocks:
-                del block.forward
+            for block, forward in zip(blocks, own, strict=True):
+                vars(block).pop("forward")
+                if forward is not None:
+                    block.forward = forward
 
     def _block(self, block: nn.Module, forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if x.grad_fn is not None:
@@ -281,22 +287,28 @@ class _Trace:
         tally = self.tally
         shared = {_memory(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         before, tally.counts = tally.counts, Counter()
+        results, tally.results = tally.results, 0
         outside, tally.kept = tally.kept, {}
         output = forward(x.detach().requires_grad_(x.requires_grad), *args, **kwargs)
-        again = tally.counts.total()
+        again, products = tally.counts.total(), tally.results
         tally.differentiate(
             tree_leaves(output)[:1]
         )  # x; what else a block tells, such as its routing, is no part of the loss
         kept = sum(storage.nbytes() for memory, storage in tally.kept.items() if memory not in shared)
         cost = Cost(
-            **tally.counts, kept=kept, inputs=x.untyped_storage().nbytes(), largest_block=kept, block_forward=again
+            **tally.counts,
+            kept=kept,
+            inputs=x.untyped_storage().nbytes(),
+            largest_block=kept,
+            products=products,
+            block_forward=again,
         )
         tally.kept = outside | {memory: storage for memory, storage in tally.kept.items() if memory in shared}
-        tally.counts = before
+        tally.counts, tally.results = before, results
         return cost, output
 
 
-def _count(model: nn.Module, forward: Callable[[], Tensor]) -> Cost:
+def _count(model: VisionLanguageModel, forward: Callable[[], Tensor]) -> Cost:
     if not all(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError("costs are counted on meta: build the model with device='meta'")
     return _Trace(model).run(forward)
