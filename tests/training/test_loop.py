@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -15,11 +16,10 @@ import vlkit
 from tests.ranks import run_ranks
 from tests.training.samples import small_config
 from vlkit.errors import ConfigError, NonFiniteError, SampleError
-from vlkit.layers.moe import Router
 from vlkit.models import VisionLanguageModel
 from vlkit.training import Result, TrainConfig, train
 from vlkit.training.data import Conversations, order
-from vlkit.training.loop import balance, blank_batch
+from vlkit.training.loop import blank_batch
 
 
 def weights(config: TrainConfig) -> dict[str, Tensor]:
@@ -114,15 +114,6 @@ def test_gradients_are_those_of_the_mean_over_all_supervised_tokens(tmp_path: Pa
     assert metrics(config)[0]["grad_norm"] == pytest.approx(float(norm), rel=1e-6)
 
 
-def test_the_bias_of_routers_moves_towards_balance_and_keeps_its_mean() -> None:
-    router = Router(4, 4, top_k=1, scoring="sigmoid", selection_bias=True)
-    balance([router], [torch.tensor([6.0, 1.0, 1.0, 0.0])], 0.01)
-    # mean load 2: signs -1, 1, 1, 1, their mean 1/2
-    assert_close(router.bias, torch.tensor([-0.015, 0.005, 0.005, 0.005]))
-    balance([router], [torch.tensor([2.0, 2.0, 2.0, 2.0])], 0.01)
-    assert_close(router.bias, torch.tensor([-0.015, 0.005, 0.005, 0.005]))
-
-
 def test_a_run_moves_the_bias_of_its_routers(tmp_path: Path) -> None:
     moved, still = small_config(tmp_path, steps=2), small_config(tmp_path, steps=2, run=str(tmp_path / "still"))
     train(moved)
@@ -175,8 +166,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path, monke
     saved = Path(shorter.run) / "checkpoints/step-00000002"
     stored = Path(config.run) / "checkpoints/step-00000003"
     for part in ("model", "optimizer"):
-        name = f"{part}/shard-00000-of-00001.safetensors"
-        assert (saved / name).read_bytes() == (stored / name).read_bytes()
+        a, b = (load_file(folder / part / "shard-00000-of-00001.safetensors") for folder in (saved, stored))
+        counters = {"header.skipped_steps[]", *(name for name in a if name.startswith("param_groups."))}
+        assert all(torch.equal(a[name], b[name]) for name in a.keys() - counters)
 
 
 def test_too_many_skipped_steps_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,3 +265,21 @@ def test_every_model_has_a_token_that_is_no_placeholder() -> None:
     for name in vlkit.list_models("*-tiny"):
         model: VisionLanguageModel = vlkit.create_model(name)
         assert model(blank_batch(model)).num_targets == 0
+
+
+@pytest.mark.parametrize(
+    "optimizer", [{"lr": 3e-3}, {"lr": 3e-3, "partition": "matrix"}, {"kind": "adamw", "lr": 1e-3}]
+)
+def test_a_run_may_change_its_ranks(tmp_path: Path, optimizer: dict[str, Any]) -> None:
+    """1 -> 2 -> 3 -> 1 ranks; fp64, gradients are summed in another order: largest difference seen 3e-13."""
+    whole = small_config(tmp_path, steps=8, dtype="float64", optimizer=optimizer)
+    moving = whole.replace(run=str(tmp_path / "moving"))
+    train(whole)
+    until(moving, 2)
+    until(moving, 4, num_ranks=2)
+    until(moving, 6, num_ranks=3)
+    train(moving)
+    expected, found = weights(whole), weights(moving)
+    assert_close(found, expected, rtol=0, atol=1e-10)
+    assert [m["loss"] for m in metrics(moving)] == pytest.approx([m["loss"] for m in metrics(whole)], abs=1e-10)
+    assert [m["samples"] for m in metrics(moving)] == [m["samples"] for m in metrics(whole)]

@@ -15,7 +15,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +37,10 @@ from vlkit.processing import Processor
 from vlkit.training import run_checkpoint
 from vlkit.training.config import PARTS, TrainConfig
 from vlkit.training.data import Conversations, StepReader, StepShare
+from vlkit.training.experts import balance_experts
 from vlkit.training.faults import Heartbeat, StopRequest, stop_on_signals
 from vlkit.training.ranks import Ranks, first_difference, launched, lost_rank
+from vlkit.training.recompute import checkpoint_blocks
 
 CHECKPOINTS, METRICS, MODEL = "checkpoints", "metrics.jsonl", "model"
 # What a run may not be resumed with when it has changed; everything else may change, and is said.
@@ -160,7 +162,7 @@ class _Run:
         self.forward_model = prepare_model(self.model, config, ranks)
         self.optimizer = make_optimizer(self.model, config, ranks)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.routers = [m for m in self.model.modules() if isinstance(m, Router) and m.bias is not None]
+        self.biases = [m.bias for m in self.model.modules() if isinstance(m, Router) and m.bias is not None]
         self.heartbeat.now("looking for checkpoints")
         self.restore(resume)
         loss = None
@@ -261,13 +263,13 @@ class _Run:
         factor = learning_rate_factor(config, self.total, progress.step)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
-        loss, loads = self.gradients(share, sum(self.targets))
+        loss, load = self.gradients(share, sum(self.targets))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        told = ranks.sum(torch.cat([loss.view(1), *(load.double() for load in loads)]).cpu())
+        total = ranks.sum(loss)
         skipped = self.optimizer.last_step_skipped
-        if not skipped:
-            balance(self.routers, told[1:].split([len(load) for load in loads]), config.balance_rate)
+        if load is not None and config.balance_rate and not skipped:
+            balance_experts(self.model, load, config.balance_rate, group=ranks.group)
         norm = self.optimizer.last_grad_norm
         progress.step += 1
         progress.samples += config.batch
@@ -276,31 +278,33 @@ class _Run:
         progress.skipped_steps += skipped
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
         return _Done(
-            float(told[0]), float("nan") if norm is None else float(norm), skipped, sum(self.tokens), sum(self.corrupt)
+            float(total), float("nan") if norm is None else float(norm), skipped, sum(self.tokens), sum(self.corrupt)
         )
 
-    def gradients(self, share: StepShare, num_targets: int) -> tuple[Tensor, list[Tensor]]:
+    def gradients(self, share: StepShare, num_targets: int) -> tuple[Tensor, Tensor | None]:
         """Run all micro-batches. Ranks with fewer of them, or none, run a blank one, so that all exchange alike.
 
         The ranks' gradients are averaged later, so each is scaled by the number of ranks.
 
         Returns:
-            This rank's part of the loss, and the load of every router with a selection bias.
+            This rank's part of the loss, and the tokens of every expert, if routers have a selection bias.
         """
         device = self.ranks.device
         loss = torch.zeros((), dtype=torch.float64, device=device)
-        loads = [torch.zeros(router.weight.shape[0], device=device) for router in self.routers]
+        load: Tensor | None = None
+        if self.biases:
+            load = torch.zeros(len(self.biases), len(self.biases[0]), dtype=torch.int64, device=device)
         for place in range(max(1, *self.micro)):
             real = place < len(share.micro_batches)
             batch = share.micro_batches[place] if real else blank_batch(self.model)
-            with autocast(self.config, device):
+            with autocast(self.config, device, self.model.parts_are_sharded):
                 out = self.forward_model(batch.to(device))
             weighted = out.loss * (out.num_targets / max(num_targets, 1))
             (weighted * self.ranks.size).backward()
             loss = loss + weighted.detach().double()
-            if real and out.expert_load is not None and self.routers:
-                loads = [load + new for load, new in zip(loads, out.expert_load, strict=True)]
-        return loss, loads
+            if real and load is not None:
+                load += out.expert_load
+        return loss, load
 
     # What is told and kept
 
@@ -488,8 +492,14 @@ def freeze_parts(model: VisionLanguageModel, config: TrainConfig) -> None:
 def prepare_model(model: VisionLanguageModel, config: TrainConfig, ranks: Ranks) -> nn.Module:
     """The model on its device, sharded as the config says. Returns what the forward calls."""
     if config.activation_checkpointing != "none":
-        model.gradient_checkpointing = True
+        checkpoint_blocks(model, every="selective" if config.activation_checkpointing == "selective" else 1)
     model.to(ranks.device)
+    if config.ranks.sharding == "fsdp" and ranks.group is not None:
+        from vlkit.training.sharding import make_mesh, shard_model
+
+        mesh = make_mesh(replicate=config.ranks.replicate, expert_parallel=config.ranks.expert_parallel)
+        compute = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
+        shard_model(model, mesh, param_dtype=compute)
     return model
 
 
@@ -509,7 +519,7 @@ def make_optimizer(model: VisionLanguageModel, config: TrainConfig, ranks: Ranks
         if options.kind == "muon" and group["algorithm"] == "adamw":
             group["lr"] = group.get("lr", options.lr) * options.vector_rate
     over_ranks: dict[str, Any] = {}
-    if ranks.group is not None:
+    if ranks.group is not None and config.ranks.sharding == "none":
         over_ranks = {"process_group": ranks.group, "grad_sync": "reduce_scatter", "partition": options.partition}
     return Muon(
         groups,
@@ -533,25 +543,6 @@ def learning_rate_factor(config: TrainConfig, total: int, step: int) -> float:
     )
 
 
-@torch.no_grad()
-def balance(routers: Sequence[Router], loads: Sequence[Tensor], rate: float) -> None:
-    """Make busy experts a little less likely to be chosen and idle ones more, without moving the mean of the bias.
-
-    Args:
-        routers: With a selection bias.
-        loads: Tokens per expert over all ranks, one tensor per router.
-        rate: Of the change.
-
-    Source: Auxiliary-loss-free load balancing, arXiv:2408.15664, with the centred step of Moonlight, arXiv:2502.16982.
-    """
-    if not rate:
-        return
-    for router, load in zip(routers, loads, strict=True):
-        assert router.bias is not None
-        sign = (load.mean() - load).sign()
-        router.bias += (rate * (sign - sign.mean())).to(router.bias)
-
-
 def blank_batch(model: VisionLanguageModel) -> Batch:
     """Two tokens without a label: every parameter gets a gradient of zero."""
     visual = {model.config.image_token_id, model.config.video_token_id}
@@ -559,9 +550,9 @@ def blank_batch(model: VisionLanguageModel) -> Batch:
     return Batch(Packed(torch.full((2,), plain), Layout((2,))), labels=torch.full((2,), IGNORE))
 
 
-def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """Products in the compute dtype, where that is not the parameters'."""
-    if config.compute_dtype in (None, config.dtype) or config.ranks.sharding == "fsdp":
+def autocast(config: TrainConfig, device: torch.device, sharded: bool) -> AbstractContextManager[Any]:
+    """Products in the compute dtype, where that is not the parameters'; a sharded model sees to it itself."""
+    if config.compute_dtype in (None, config.dtype) or sharded:
         return nullcontext()
     return torch.autocast(device.type, getattr(torch, config.compute_dtype))
 

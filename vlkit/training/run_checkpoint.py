@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from vlkit.errors import CheckpointError, CorruptCheckpointError, DiskFullError
 from vlkit.hub.atomic import NO_SPACE, sync_folder
 from vlkit.hub.strict_json import read_json
+from vlkit.optim import Muon
 from vlkit.optim.agree import broadcast_json, raise_together, rank_in
 from vlkit.training.sharded_files import load_shards, save_shards
 
@@ -43,7 +44,7 @@ def save_checkpoint(
     folder: Path,
     step: int,
     model: nn.Module,
-    optimizer: Any,
+    optimizer: Muon,
     state: Mapping[str, Any],
     *,
     keep: int = 2,
@@ -79,7 +80,7 @@ def save_checkpoint(
                 if target.exists():
                     raise CheckpointError(f"{target} exists already, and what is published is never written to again")
                 partial.mkdir()
-        save_shards(partial / "optimizer", optimizer_tensors(optimizer), group)
+        save_shards(partial / "optimizer", optimizer.sharded_state_dict(), group)
         save_shards(partial / "model", model_tensors(model), group)
         with _together(folder, group):
             if first:
@@ -103,20 +104,26 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: Any, *, group: dist.ProcessGroup | None = None
+    path: Path, model: nn.Module, optimizer: Muon, *, group: dist.ProcessGroup | None = None
 ) -> dict[str, Any]:
     """Collective. Fill model and optimizer, which may be spread over other ranks than those that saved; the optimizer first.
+
+    The optimizer's options stay what they are: the config decides them.
 
     Returns:
         The state that was saved beside them.
 
     Raises:
         CorruptCheckpointError: A file is damaged.
+        OptimizerStateError: The state is not finite.
         KeyMismatchError: It is of another model or optimizer.
     """
-    tensors = optimizer_tensors(optimizer)
+    options = [{key: value for key, value in own.items() if key != "params"} for own in optimizer.param_groups]
+    tensors = optimizer.sharded_state_dict()
     load_shards(path / "optimizer", tensors, group)
-    load_optimizer_tensors(optimizer, tensors)
+    optimizer.load_sharded_state_dict(tensors)
+    for own, kept in zip(optimizer.param_groups, options, strict=True):
+        own.update(kept)
     load_shards(path / "model", model_tensors(model), group)
     return read_json(path / STATE, error=CorruptCheckpointError)
 
@@ -189,24 +196,6 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters())
     again = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return parameters | {name: value for name, value in model.state_dict().items() if name not in again}
-
-
-def optimizer_tensors(optimizer: Any) -> dict[str, Any]:
-    """The state as tensors by name, to be saved or filled."""
-    if hasattr(optimizer, "sharded_state_dict"):
-        return optimizer.sharded_state_dict()
-    tensors = {}
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            for key, value in optimizer.state[parameter].items():
-                tensors[f"{name}.{key}"] = value
-    return tensors
-
-
-def load_optimizer_tensors(optimizer: Any, tensors: Mapping[str, Any]) -> None:
-    """Take over a state that was filled."""
-    if hasattr(optimizer, "load_sharded_state_dict"):
-        optimizer.load_sharded_state_dict(tensors)
 
 
 @contextlib.contextmanager
