@@ -317,6 +317,11 @@ class NewtonSchulz:
             if len(x) == 1:
                 return self._run(x[0], gram)[None]
             return torch.stack([self._run(matrix, gram) for matrix in x])
+        if x.device.type == "cpu" and x.dtype != torch.bfloat16 and (rows % 4 or cols % 4):
+            # Products of fp32 round differently for matrices that do not begin at a multiple of 64 bytes, so a result
+            # would depend on the place in the batch. Zeros change nothing else.
+            padded = torch.nn.functional.pad(x, (0, -cols % 4, 0, -rows % 4))
+            return self._run_wide(padded, gram)[:, :rows, :cols].contiguous()
         size = max(1, BATCH_BYTES // (rows * cols * x.element_size()))
         if len(x) <= size:
             return self._run(x, gram)
