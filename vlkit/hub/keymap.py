@@ -75,8 +75,12 @@ class Step:
 
         Pieces are views of the sources where that is possible, so at most one source is needed at once.
         """
-        for row, source in enumerate(self.sources):
-            yield (row if self.rule.over is not None else None), self.rule.block(read(source), self.part)
+        for row in range(len(self.sources)):
+            yield (row if self.rule.over is not None else None), self.piece(row, read)
+
+    def piece(self, row: int, read: Read) -> Tensor:
+        """On loading: what one source gives, a row of a stack or, as source 0, the whole parameter."""
+        return self.rule.block(read(self.sources[row]), self.part)
 
     def load(self, read: Read) -> Tensor:
         """On loading: the parameter, as one new tensor or as a view of its only source."""
@@ -85,8 +89,11 @@ class Step:
 
     def save(self, read: Read) -> Tensor:
         """On saving: the tensor to write, as a view where that is possible."""
-        parts = [read(source) for source in self.sources]
-        return self.rule.join(parts if self.row is None else [part[self.row] for part in parts])
+        return self.save_from(lambda source, row: read(source) if row is None else read(source)[row])
+
+    def save_from(self, read: Callable[[str, int | None], Tensor]) -> Tensor:
+        """`save`, where the rows of a stack are read one by one."""
+        return self.rule.join([read(source, self.row) for source in self.sources])
 
 
 @dataclass

@@ -29,7 +29,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -60,6 +60,12 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+Holding = Callable[[Tensor], tuple[Tensor, tuple[slice, ...]]]
+"""What is here of a tensor, as memory to write to, and where in the whole it lies."""
+
+Gather = Callable[[Tensor, int | None], Tensor]
+"""All of a tensor, or one row of it."""
 
 LAYOUT = "vlkit_layout"  # entry in the header of the files
 PATIENCE = 2.0  # seconds until a bar shows how far loading is, on a terminal
@@ -98,6 +104,7 @@ def load_weights(
     mapped: bool = True,
     check_finite: bool | None = None,
     allow_quantized: bool = False,
+    holding: Holding | None = None,
 ) -> LoadReport:
     """Fill a model from a checkpoint.
 
@@ -116,6 +123,7 @@ def load_weights(
             to. False copies them, for files that somebody may overwrite in place.
         check_finite: Look for NaN and infinity; by default in models below 10^8 parameters.
         allow_quantized: Allow integers and 8-bit floats to be cast to floats, as bare numbers, without scales.
+        holding: For parameters that lie on several ranks: which block of each is here. Only that is read.
 
     Returns:
         What was ignored, cast or missing.
@@ -151,7 +159,7 @@ def load_weights(
             stacklevel=2,
         )
     if check_finite is None:
-        check_finite = _is_small(slots)
+        check_finite = _is_small(_tensors(model))
 
     _allocate_missing(model, slots, report, torch.device(device))
     # In the order of the files, so that disks read forward and one file is mapped at a time.
@@ -170,8 +178,15 @@ def load_weights(
                         _check_finite(view, view, step.sources[0], step.target)
                     continue
                 slot.fill(torch.empty(slot.tensor.shape, dtype=slot.dtype, device=device))
-            for (row, piece), source in zip(step.pieces(checkpoint.read), step.sources, strict=True):
-                target = slot.tensor if row is None else slot.tensor[row]
+            local, place = (holding or _all_of)(slot.tensor)
+            for row, source in enumerate(step.sources):
+                target, block = local, place
+                if step.rule.over is not None:
+                    first, last, _ = place[0].indices(step.shape[0])
+                    if not first <= row < last:
+                        continue
+                    target, block = local[row - first], place[1:]
+                piece = step.piece(row, checkpoint.read)[block]
                 target.copy_(piece)
                 if check_finite:
                     _check_finite(target, piece, source, step.target)
@@ -182,7 +197,18 @@ def load_weights(
     return LoadReport(tuple(report.missing), tuple(report.unexpected), tuple(report.ignored), floats, found.index)
 
 
-def refuse_another_head(head: Tensor, folder: Path, ignored: Sequence[str], *, allow_pickle: bool = False) -> None:
+def _all_of(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    return tensor, (slice(None),) * tensor.ndim
+
+
+def refuse_another_head(
+    head: Tensor,
+    folder: Path,
+    ignored: Sequence[str],
+    *,
+    allow_pickle: bool = False,
+    holding: Holding | None = None,
+) -> None:
     """A tied head may stand in the files a second time; one with other numbers must not be dropped in silence.
 
     Args:
@@ -190,6 +216,7 @@ def refuse_another_head(head: Tensor, folder: Path, ignored: Sequence[str], *, a
         folder: What it was loaded from.
         ignored: Names of the files that the model has no use for; see `LoadReport`.
         allow_pickle: As in loading.
+        holding: As in loading.
 
     Raises:
         KeyMismatchError: The files hold another head.
@@ -197,9 +224,10 @@ def refuse_another_head(head: Tensor, folder: Path, ignored: Sequence[str], *, a
     heads = [name for name in ignored if name.endswith("lm_head.weight")]
     if not heads:
         return
+    local, place = (holding or _all_of)(head)
     with open_checkpoint(folder, allow_pickle=allow_pickle) as checkpoint:
         for name in heads:
-            if not torch.equal(checkpoint.read(name).to(head), head):
+            if not torch.equal(checkpoint.read(name)[place].to(local), local):
                 raise KeyMismatchError(
                     f"{folder}: {name} differs from the embedding, but the config ties them; set tie_word_embeddings to false"
                 )
@@ -231,21 +259,21 @@ def refuse_other_tensors(model: nn.Module, wanted: nn.Module) -> None:
         )
 
 
-def refuse_non_finite(model: nn.Module, check_finite: bool | None = None) -> None:
+def refuse_non_finite(model: nn.Module | Mapping[str, Tensor], check_finite: bool | None = None) -> None:
     """Refuse a model that loading would refuse for its numbers.
 
     Args:
-        model: About to be saved.
+        model: About to be saved; or its tensors by name.
         check_finite: Whether to look; None looks in models below 10^8 parameters.
 
     Raises:
         NonFiniteWeightsError: A tensor holds NaN or infinity.
     """
-    slots = _slots(model)
-    if not (_is_small(slots) if check_finite is None else check_finite):
+    tensors = _tensors(model)
+    if not (_is_small(tensors) if check_finite is None else check_finite):
         return
-    for name, slot in slots.items():
-        if not slot.tensor.is_meta and not _is_finite(slot.tensor):
+    for name, tensor in tensors.items():
+        if not tensor.is_meta and not _is_finite(tensor):
             raise NonFiniteWeightsError(
                 f"{name} holds NaN or infinity; save_pretrained(check_finite=False) writes it anyway"
             )
@@ -260,6 +288,7 @@ def save_weights(
     max_shard_size: int | str = "5GB",
     dtypes: Mapping[str, torch.dtype] | None = None,
     metadata: Mapping[str, str] | None = None,
+    gather: Gather | None = None,
 ) -> list[str]:
     """Write a model's weights under their published names. Made for the folder that `write_folder` hands out.
 
@@ -271,6 +300,7 @@ def save_weights(
         max_shard_size: Bytes of a file, or a text such as "5GB".
         dtypes: Published name -> type to write it in, such as `LoadReport.cast`; others are written as they are.
         metadata: Texts for the headers of the files.
+        gather: For tensors that lie on several ranks: gives the whole, or one row of a stack.
 
     Returns:
         Names of the written files.
@@ -280,10 +310,7 @@ def save_weights(
         CheckpointError: A parameter without values (on meta), or parts of one tensor in different types.
         DiskFullError: The weights do not fit; nothing was written.
     """
-    if isinstance(model, nn.Module):
-        state = {name: slot.tensor for name, slot in _slots(model).items()}
-    else:
-        state = dict(model)
+    state = _tensors(model)
     on_meta = [name for name, tensor in state.items() if tensor.is_meta]
     if on_meta:
         raise CheckpointError(f"cannot save parameters without values (on meta): {', '.join(collapse(on_meta)[:10])}")
@@ -299,9 +326,14 @@ def save_weights(
             raise CheckpointError(f"{step.target} is one tensor, but its parts have different types: {names}")
         wanted[step.target] = (dtypes or {}).get(step.target, found.pop())
 
+    def part(source: str, row: int | None) -> Tensor:
+        if gather is not None:
+            return gather(state[source], row)
+        return state[source] if row is None else state[source][row]
+
     def read(name: str) -> Tensor:
         with torch.no_grad():
-            return by_name[name].save(state.__getitem__).to(wanted[name])
+            return by_name[name].save_from(part).to(wanted[name])
 
     tensors = [(step.target, wanted[step.target], step.shape) for step in steps]
     if not _is_plain(maps, layout, {name: shape for name, _, shape in tensors}, shapes):
@@ -452,8 +484,12 @@ def _as_it_lies(step: Step, dtype: torch.dtype, checkpoint: Checkpoint) -> Tenso
     return checkpoint.in_place(source, whole, step.rule.block(whole, step.part))
 
 
-def _is_small(slots: Mapping[str, _Slot]) -> bool:
-    return sum(slot.tensor.numel() for slot in slots.values()) < CHECKED_BY_DEFAULT
+def _tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: slot.tensor for n, slot in _slots(model).items()} if isinstance(model, nn.Module) else dict(model)
+
+
+def _is_small(tensors: Mapping[str, Tensor]) -> bool:
+    return sum(tensor.numel() for tensor in tensors.values()) < CHECKED_BY_DEFAULT
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -197,18 +198,37 @@ def build(
     model.to(dtype=dtype or torch.get_default_dtype())
     if device.type != "meta":
         model.to_empty(device=device)
-        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        with torch.no_grad():
-            for tensor in tensors.values():
-                tensor.view(-1)[:1].fill_(_mark(tensor))
-        model.reset_parameters()
-        left = [n for n, t in tensors.items() if t.numel() and _is_mark(t.detach().view(-1)[0])]
-        if left:
-            raise ConfigError(
-                f"no reset_parameters gives values to {', '.join(left)}: parts are built on meta, so what __init__ writes is "
-                "lost; fill parameters and buffers in a method reset_parameters of the module that owns them"
-            )
+        draw_weights(model)
     return model
+
+
+def draw_weights(
+    model: VisionLanguageModel,
+    *,
+    during: AbstractContextManager[object] | None = None,
+    local: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
+) -> None:
+    """Give all weights of a model their first values, from torch's random state.
+
+    Args:
+        during: Holds while the values are drawn.
+        local: What of a tensor has memory here.
+
+    Raises:
+        ConfigError: A tensor that no `reset_parameters` of its part gives values to; it would be whatever memory holds.
+    """
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = {name: local(tensor).view(-1)[:1] for name, tensor in named.items()}
+    for tensor in tensors.values():
+        tensor.fill_(_mark(tensor))
+    with during or nullcontext():
+        model.reset_parameters()
+    left = [name for name, tensor in tensors.items() if tensor.numel() and _is_mark(tensor[0])]
+    if left:
+        raise ConfigError(
+            f"no reset_parameters gives values to {', '.join(left)}: parts are built on meta, so what __init__ writes is "
+            "lost; fill parameters and buffers in a method reset_parameters of the module that owns them"
+        )
 
 
 def _mark(tensor: torch.Tensor) -> float | int:

@@ -100,11 +100,45 @@ def from_pretrained(
     config = read_config(folder, strict=strict_config, allow_quantized=allow_quantized)
     with on_meta():
         model = VisionLanguageModel(config)
+    read_weights(
+        model,
+        folder,
+        dtype=dtype,
+        device=device,
+        strict=strict,
+        layout=layout,
+        mapped=mapped,
+        check_finite=check_finite,
+        allow_quantized=allow_quantized,
+        allow_pickle=allow_pickle,
+    )
+    return model.eval()
+
+
+def read_weights(
+    model: VisionLanguageModel,
+    folder: Path,
+    *,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    device: torch.device | str = "cpu",
+    strict: bool = True,
+    layout: int | None = None,
+    mapped: bool = True,
+    check_finite: bool | None = None,
+    allow_quantized: bool = False,
+    allow_pickle: bool = False,
+    holding: hub.Holding | None = None,
+) -> None:
+    """Fill a model from a folder whose config it has. See `from_pretrained`; `holding` as in `vlkit.hub.pretrained.load_weights`.
+
+    Raises:
+        CheckpointError: Files that are missing, broken, unsafe, or do not fit the model.
+    """
     with hub.open_checkpoint(folder, allow_pickle=allow_pickle) as checkpoint:
         report = hub.load_weights(
             model,
             checkpoint,
-            layouts_of(config),
+            layouts_of(model.config),
             dtype=dtype,
             device=device,
             strict=strict,
@@ -112,13 +146,14 @@ def from_pretrained(
             mapped=mapped,
             check_finite=check_finite,
             allow_quantized=allow_quantized,
+            holding=holding,
         )
-    hub.refuse_another_head(model.llm.head_weight, folder, report.ignored, allow_pickle=allow_pickle)
+    head = model.llm.head_weight
+    hub.refuse_another_head(head, folder, report.ignored, allow_pickle=allow_pickle, holding=holding)
     model.published_layout = report.layout
     model.published_generation = _read_generation(folder)
     if dtype == "auto":
         model.published_dtypes = dict(report.cast)
-    return model.eval()
 
 
 def save_pretrained(
@@ -128,6 +163,7 @@ def save_pretrained(
     max_shard_size: int | str = "5GB",
     manifest: bool = False,
     check_finite: bool | None = None,
+    gather: hub.Gather | None = None,
 ) -> None:
     """Write config.json and the weights, whole or not at all, in the layout that `model.config.family` names.
 
@@ -143,6 +179,7 @@ def save_pretrained(
         max_shard_size: Bytes, or a text such as "5GB"; more go into several files with an index.
         manifest: Also write SHA256SUMS, which `sha256sum -c` and `vlkit.hub.checkpoint.verify_manifest` read.
         check_finite: Refuse NaN and infinity, as loading does; None looks for them in models below 10^8 parameters.
+        gather: Of a model that lies on several ranks: see `vlkit.training.save_sharded`, which gives it.
 
     Raises:
         KeyMismatchError: Tensors that are not those of `model.config`, as after resizing an embedding: nobody could load them.
@@ -150,6 +187,10 @@ def save_pretrained(
         DiskFullError: Not enough space; the old folder is whole.
         ConfigError: The family's layout cannot express the model.
     """
+    if model.parts_are_sharded and gather is None:
+        raise ConfigError(
+            "the model lies on several ranks: call vlkit.training.save_sharded(model, folder) on all of them"
+        )
     with on_meta():
         hub.refuse_other_tensors(model, VisionLanguageModel(model.config))
     hub.refuse_non_finite(model, check_finite)
@@ -171,6 +212,7 @@ def save_pretrained(
             layout=model.published_layout,
             max_shard_size=max_shard_size,
             dtypes=model.published_dtypes,
+            gather=gather,
         )
         if manifest:
             write_manifest(staging)
