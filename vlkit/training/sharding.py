@@ -2,6 +2,7 @@
 
     make_mesh(replicate=, expert_parallel=) -> DeviceMesh
     shard_model(model, mesh)                   tower blocks, decoder blocks, projector; the rest in the root's group
+    load_sharded(name, config, folder or repository, mesh)      from the start: no rank ever has the whole model
 
     model = shard_model(create_model("kimi-vl-tiny"), make_mesh(), param_dtype=torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters())      # of DTensors: its state is sharded as they are
@@ -16,6 +17,9 @@ Source: FSDP2, `torch.distributed.fsdp.fully_shard`; Zhao et al., arXiv:2304.112
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +28,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from vlkit.errors import ConfigError
-from vlkit.models.vlm import VisionLanguageModel
+from vlkit.hub.repository import resolve
+from vlkit.models.factory import build
+from vlkit.models.pretrained import read_config
+from vlkit.models.vlm import VisionLanguageModel, VLMConfig
+from vlkit.optim.agree import raise_together, world
+from vlkit.registry import list_models, model_spec
 from vlkit.training.experts import parallel_experts
+from vlkit.training.loading import allocate_shards, draw_shards, read_shards
 from vlkit.training.recompute import blocks_of, num_elements
 
 REPLICATE, SHARD, EXPERT = "replicate", "shard", "expert"
@@ -115,6 +125,87 @@ def shard_model(
     register_fsdp_forward_method(model, "decode")  # where generation enters
     model.parts_are_sharded = True
     return model
+
+
+def load_sharded(
+    source: str | os.PathLike[str] | VLMConfig,
+    mesh: DeviceMesh | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = torch.float32,
+    reshard_after_forward: bool = True,
+    prepare: Callable[[VisionLanguageModel], object] | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    **options: Any,
+) -> VisionLanguageModel:
+    """Collective. A sharded model from its first moment: built on meta, sharded, then filled share by share.
+
+    A registered name or a config gives freshly drawn weights, those of `create_model` after the same seed, bit for bit. A
+    folder or repository in a family's Hub layout is read, each rank what it holds.
+
+    Args:
+        source: A registered name, a config, a folder or a repository id.
+        mesh: As in `shard_model`.
+        dtype: Of the weights; None is torch's default, whatever the files have.
+        param_dtype: As in `shard_model`.
+        reduce_dtype: As in `shard_model`.
+        reshard_after_forward: As in `shard_model`.
+        prepare: Called with the model on meta before it is sharded, such as to freeze parts.
+        revision: As in `from_pretrained`, and so are cache_dir, token and local_files_only.
+        options: strict, layout, check_finite, allow_quantized and allow_pickle, as in `from_pretrained`.
+
+    Raises:
+        CheckpointError: As `from_pretrained`, on all ranks.
+        ConfigError: As `create_model` and `shard_model`.
+    """
+    mesh = make_mesh() if mesh is None else mesh
+    folder = None
+    if isinstance(source, VLMConfig):
+        config = source
+    elif str(source) in list_models() and not Path(source).is_dir():
+        config = model_spec(str(source)).config
+    else:
+        hub_options = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "token": token,
+            "local_files_only": local_files_only,
+        }
+        folder = _fetch(source, allow_pickle=options.get("allow_pickle", False), **hub_options)
+        config = read_config(folder, allow_quantized=options.get("allow_quantized", False))
+    model = build(config, dtype=dtype, device="meta")
+    if prepare is not None:
+        prepare(model)
+    shard_model(
+        model,
+        mesh,
+        param_dtype=param_dtype,
+        reduce_dtype=reduce_dtype,
+        reshard_after_forward=reshard_after_forward,
+    )
+    allocate_shards(model, mesh.device_type)
+    if folder is None:
+        draw_shards(model)
+    else:
+        read_shards(model, folder, **options)
+    return model
+
+
+def _fetch(source: str | os.PathLike[str], **options: Any) -> Path:
+    """The folder of a source. Rank 0 goes first; the others then find the files that it downloaded, or download their own."""
+    for turn in (True, False):
+        failure: Exception | None = None
+        try:
+            if (dist.get_rank() == 0) == turn:
+                folder = resolve(source, **options)
+        except Exception as error:
+            failure = error
+        raise_together(failure, world())
+    return folder
 
 
 def _data_axes(mesh: DeviceMesh) -> DeviceMesh:
