@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
+from vlkit.errors import ConfigError
+from vlkit.optim import Muon, orthogonalize
 from vlkit.optim.units import spans_of, units_of
 from vlkit.optim.variants import (
     adamuon_divide_,
@@ -19,6 +22,7 @@ from vlkit.optim.variants import (
     normuon_factors,
     num_rows,
     row_ids,
+    row_places,
     row_sums,
 )
 
@@ -125,3 +129,244 @@ def test_row_ids_count_through_spans() -> None:
 
 def test_row_sums_are_of_squares() -> None:
     assert row_sums(torch.tensor([[[1.0, 2.0], [3.0, 0.0]]]).bfloat16()).tolist() == [[5.0, 9.0]]
+
+
+# In the optimizer
+
+
+def weights(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
+    return [nn.Parameter(randoms(shape, 10 + i) * 0.1) for i, shape in enumerate(shapes)]
+
+
+def train(optimizer: Muon, steps: int = 3, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            parameter.grad = randoms(parameter.shape, 1000 * step + i).to(parameter.dtype)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("variant", ["normuon", "adamuon"])
+def test_a_step_is_the_equation(variant: Any) -> None:
+    """Momentum, orthogonalisation, second moment, factor and decay written out in fp64."""
+    params = weights((7, 5), (4, 9))
+    expected = [p.detach().double() for p in params]
+    momenta = [torch.zeros_like(weight) for weight in expected]
+    states = [torch.zeros(1, w.shape[0], *[w.shape[1]] * (variant == "adamuon"), dtype=torch.float64) for w in expected]
+    optimizer = Muon(params, 0.02, variant=variant, variant_beta=0.9, ns_dtype=torch.float32)
+    for step in range(4):
+        train(optimizer, 1, first=step)
+        for i, parameter in enumerate(params):
+            gradient = parameter.grad.double()
+            momenta[i] = 0.95 * momenta[i] + 0.05 * gradient
+            update = orthogonalize(0.05 * gradient + 0.95 * momenta[i], dtype=torch.float64)[None]
+            adapt_(update, states[i], variant, 0.9)
+            scale = 0.02 * 0.2 * max(parameter.shape) ** 0.5
+            expected[i] = expected[i] * (1 - 0.02 * 0.1) - scale * update[0]
+    for parameter, weight in zip(params, expected, strict=True):
+        assert_close(parameter.double(), weight, rtol=0, atol=3e-6)
+
+
+def test_adamuon_updates_have_the_size_of_adamw_updates() -> None:
+    """Exactly rms_scale, whatever the shape: that is what its norm is for."""
+    params = weights((30, 20), (4, 8, 16))
+    before = [p.detach().clone() for p in params]
+    train(Muon(params, 1.0, weight_decay=0.0, variant="adamuon"), 1)
+    for parameter, start in zip(params, before, strict=True):
+        assert (parameter - start).square().mean().sqrt().item() == pytest.approx(0.2, rel=1e-4)
+
+
+def test_normuon_makes_rows_alike() -> None:
+    """Rows of an orthogonalised tall matrix differ in size; afterwards their updates do not."""
+    parameter = nn.Parameter(torch.zeros(40, 5))
+    parameter.grad = randoms((40, 5), 0) * torch.logspace(-2, 0, 40)[:, None]
+    sizes = {}
+    for variant in ("none", "normuon"):
+        with torch.no_grad():
+            parameter.zero_()
+        Muon([parameter], 1.0, variant=variant, weight_decay=0.0, ns_dtype=torch.float32).step()
+        sizes[variant] = parameter.detach().norm(dim=1)
+    assert sizes["none"].max() / sizes["none"].min() > 10
+    assert sizes["normuon"].max() / sizes["normuon"].min() < 1.01
+    assert_close(sizes["normuon"].norm(), sizes["none"].norm(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["normuon", "adamuon"])
+@pytest.mark.parametrize(
+    ("shape", "attributes"),
+    [
+        ((3, 8, 6), {}),
+        ((8, 6), {"muon_splits": (5, 3)}),
+        ((8, 6), {"muon_column_splits": (2, 4)}),
+        ((8, 6), {"muon_column_splits": (3, 3)}),
+        ((2, 8, 6), {"muon_column_splits": (3, 3)}),
+        ((3, 6, 8), {"muon_transposed": True}),
+        ((2, 6, 8), {"muon_transposed": True, "muon_splits": (4, 4)}),
+        ((2, 260, 270), {}),
+    ],
+)
+def test_units_have_second_moments_of_their_own(
+    variant: Any, shape: tuple[int, ...], attributes: dict[str, Any]
+) -> None:
+    """As parameters of their own, bit for bit over three steps: stacks, row and column blocks, large units."""
+    (whole,) = weights(shape)
+    for name, value in attributes.items():
+        setattr(whole, name, value)
+    units = units_of(whole)
+
+    def pieces(tensor: Tensor) -> list[Tensor]:
+        return [matrix for some in units for matrix in some.view(tensor)]
+
+    alone = [
+        nn.Parameter(piece.detach().clone(memory_format=torch.contiguous_format)) for piece in pieces(whole.detach())
+    ]
+    first, second = Muon([whole], 0.1, variant=variant), Muon(alone, 0.1, variant=variant)
+    for step in range(3):
+        whole.grad = randoms(shape, step)
+        for parameter, grad in zip(alone, pieces(whole.grad), strict=True):
+            parameter.grad = grad.clone(memory_format=torch.contiguous_format)
+        first.step()
+        second.step()
+    for parameter, piece in zip(alone, pieces(whole.detach()), strict=True):
+        assert torch.equal(parameter, piece)
+
+
+def test_row_places_are_those_of_first_elements() -> None:
+    """Two column blocks of 3 rows: rows of both in turns, as their first elements are."""
+    weight = torch.zeros(3, 6)
+    weight.muon_column_splits = (4, 2)
+    first, second = (row_places(units_of(weight), some).view(torch.arange(6)).tolist() for some in units_of(weight))
+    assert (first, second) == ([[0, 2, 4]], [[1, 3, 5]])
+
+
+@pytest.mark.parametrize("variant", ["normuon", "adamuon"])
+def test_state_of_variants_is_saved_and_loaded(variant: Any) -> None:
+    """Training goes on bit for bit; without its state it would not."""
+    params, again = weights((7, 5), (3, 4, 4)), weights((7, 5), (3, 4, 4))
+    optimizer, resumed = Muon(params, 0.1, variant=variant), Muon(again, 0.1, variant=variant)
+    train(optimizer)
+    saved = optimizer.full_state_dict()
+    keys = {"normuon": "row_second_moment", "adamuon": "second_moment"}
+    assert all(set(state) == {"momentum_buffer", keys[variant]} for state in saved["state"].values())
+    for p, q in zip(params, again, strict=True):
+        q.data.copy_(p.data)
+    resumed.load_state_dict(optimizer.state_dict())
+    train(optimizer, first=3)
+    train(resumed, first=3)
+    assert_close(again, params, rtol=0, atol=0)
+    assert resumed.param_groups[0]["variant"] == variant
+
+
+# Cautious decay
+
+
+def test_only_elements_that_shrink_anyway_decay() -> None:
+    (parameter,) = weights((6, 9))
+    before = parameter.detach().clone()
+    optimizer = Muon([parameter], 0.1, weight_decay=0.5, cautious_wd=True, ns_dtype=torch.float32)
+    parameter.grad = randoms((6, 9), 0)
+    optimizer.step()
+    update = orthogonalize(parameter.grad, dtype=torch.float32)
+    decay = torch.where(before * update > 0, 1 - 0.1 * 0.5, 1.0)
+    assert_close(parameter.detach(), before * decay - 0.1 * 0.2 * 3 * update, rtol=0, atol=1e-6)
+    assert 10 < (decay == 1).sum() < 44
+
+
+# Orthogonalisations of one's own
+
+
+def svd_polar(x: Tensor) -> Tensor:
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    return u @ v
+
+
+def spoils_its_input(x: Tensor) -> Tensor:
+    return x.zero_().add_(1)
+
+
+def gives_one_too_few(x: Tensor) -> Tensor:
+    return x[:, 1:]
+
+
+def test_a_function_takes_the_place_of_newton_schulz() -> None:
+    ours, theirs = weights((6, 9), (4, 4)), weights((6, 9), (4, 4))
+    train(Muon(ours, 0.1, ns=svd_polar, weight_decay=0.0), 1)
+    for parameter, before in zip(ours, theirs, strict=True):
+        expected = before.detach() - 0.1 * 0.2 * max(before.shape) ** 0.5 * svd_polar(parameter.grad)
+        assert_close(parameter.detach(), expected, rtol=0, atol=1e-6)
+
+
+def test_a_function_cannot_spoil_the_state() -> None:
+    """Without Nesterov, and in the dtype of the state, what it is given would be the momentum itself."""
+    (parameter,) = weights((6, 9))
+    optimizer = Muon([parameter], 0.1, ns=spoils_its_input, nesterov=False)
+    parameter.grad = randoms((6, 9), 0)
+    optimizer.step()
+    assert_close(optimizer.state[parameter]["momentum_buffer"], 0.05 * parameter.grad, rtol=1e-6, atol=0)
+
+
+def test_a_function_is_saved_by_name_and_kept_on_load() -> None:
+    """Nothing that would have to be unpickled gets into a checkpoint."""
+    optimizer, other = Muon(weights((4, 4)), 0.1, ns=svd_polar), Muon(weights((4, 4)), 0.1, ns=svd_polar)
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["ns"] == f"function {__name__}.svd_polar"
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert other.param_groups[0]["ns"] is svd_polar
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ns": svd_polar, "ns_steps": 4}, "ns is a function"),
+        ({"ns": svd_polar, "ns_form": "gram"}, "ns is a function"),
+        ({"ns": svd_polar, "ns_dtype": torch.float16}, "float16"),
+    ],
+)
+def test_options_without_a_meaning_for_a_function_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Muon(weights((4, 4)), 0.1, **options)
+
+
+def test_a_function_with_a_wrong_result_is_named() -> None:
+    optimizer = Muon(weights((4, 5)), 0.1, ns=gives_one_too_few)
+    with pytest.raises(ConfigError, match=r"gives_one_too_few was given matrices \(1, 4, 5\) and returned \(1, 3, 5\)"):
+        train(optimizer, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"variant": "adam"}, "variant is one of none, normuon, adamuon, found 'adam'"),
+        ({"variant_beta": 1.0}, r"variant_beta must lie in \[0, 1\)"),
+        ({"cautious_wd": "yes"}, "cautious_wd is True or False, found 'yes'"),
+        ({"nesterov": 1}, "nesterov is True or False, found 1"),
+        ({"lr": "x"}, "lr is a number, found 'x'"),
+        ({"lr": None}, "lr is a number, found None"),
+        ({"lr": True}, "lr is a number, found True"),
+        ({"lr": float("nan")}, "lr must not be negative, found nan"),
+        ({"lr": float("inf")}, "lr must not be negative, found inf"),
+        ({"lr": torch.ones(2)}, "lr is a number"),
+        ({"momentum": "0.9"}, "momentum is a number"),
+        ({"weight_decay": [0.1]}, "weight_decay is a number"),
+        ({"betas": 0.9}, "betas are two numbers, found 0.9"),
+        ({"betas": (0.9, 0.95, 0.99)}, "betas are two numbers"),
+        ({"betas": (0.9, "x")}, "betas is a number"),
+        ({"momentum_dtype": "float32"}, "momentum_dtype must be a floating-point dtype, found 'float32'"),
+        ({"max_grad_norm": "1"}, "max_grad_norm is a number"),
+        ({"adjust_lr": ["original"]}, "adjust_lr is one of"),
+        ({"ns": 3}, "3"),
+        ({"ns_steps": "five"}, "five"),
+        ({"ns_steps": 0}, "0"),
+        ({"ns_steps": 2.5}, "2.5"),
+    ],
+)
+def test_options_of_wrong_kinds_are_refused_in_words(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Muon(weights((4, 4)), **{"lr": 0.1, **options})
+
+
+def test_a_group_without_parameters_is_refused_in_words() -> None:
+    with pytest.raises(ConfigError, match="needs 'params', found 'lr'"):
+        Muon([{"lr": 0.1}], 0.1)

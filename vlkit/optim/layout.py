@@ -25,7 +25,8 @@ from vlkit.optim.agree import gather_json
 from vlkit.optim.dtensor import copies_of, holdings_of, is_dtensor, like_parameter, local_of
 from vlkit.optim.partition import Bucket, Held, Holding, Place, SplitStrategy, deal_flat, deal_spans, holding_of
 from vlkit.optim.units import Span, spans_of, units_of
-from vlkit.optim.update import Block
+from vlkit.optim.update import Block, shown
+from vlkit.optim.variants import STATE_KEY, row_places
 
 
 class Member(NamedTuple):
@@ -72,7 +73,8 @@ class Layout:
         if is_dtensor(parameter):
             local = local_of(parameter)
             return like_parameter(torch.zeros(local.shape, dtype=dtype, device=local.device), parameter)
-        shape = parameter.shape if self.group is None else (self.holdings[parameter].numel,)
+        dealt_out = self.group is not None and parameter.numel()
+        shape = (self.holdings[parameter].numel,) if dealt_out else parameter.shape
         return torch.zeros(shape, dtype=dtype, device=parameter.device)
 
     def piece(self, member: Member, grad: Tensor | None, state: dict[str, Tensor]) -> Piece:
@@ -150,7 +152,7 @@ class Layout:
     def move_state(self, parameter: Tensor, state: dict[str, Tensor], new: Layout) -> None:
         """Deal the state of a parameter out as another layout says; collective."""
         for key, value in state.items():
-            if value.ndim:
+            if value.ndim and key != STATE_KEY["normuon"]:
                 whole = value.new_zeros(parameter.numel())
                 position = 0
                 for start, stop in self.holdings[parameter].ranges:
@@ -189,11 +191,16 @@ class Piece:
     def whole(self) -> Iterator[Block]:
         """The units that this rank has all of."""
         momentum = self.state["momentum_buffer"]
+        rows, elements = self.state.get(STATE_KEY["normuon"]), self.state.get(STATE_KEY["adamuon"])
         for units, (at, local) in self.holding.whole:
+            second_moment = None if elements is None else units.view(_after(elements, local))
+            if rows is not None:
+                second_moment = row_places(units_of(self.parameter), units, at).view(rows)
             yield Block(
                 units.view(_after(self.weight, at)),
                 units.view(_after(self.grad, local)),
                 units.view(_after(momentum, local)),
+                second_moment,
             )
 
     def share(self, place: Place, size: int) -> Block:
@@ -225,6 +232,9 @@ def lay_out(
         ConfigError: DTensors and a process group, DTensors that cannot be laid out, or ranks that do not agree.
     """
     sharded = [member for member in members if is_dtensor(member.parameter)]
+    varied = next((member for member in members if member.group["variant"] != "none"), None)
+    if varied is not None and (sharded or process_group is not None):
+        raise ConfigError(f"{varied.name}: variant={varied.group['variant']!r} runs in one process only")
     if process_group is not None:
         if sharded:
             raise ConfigError(
@@ -339,7 +349,7 @@ def _agree(members: Sequence[Member], axes: Sequence[dist.ProcessGroup], options
     """
     rows = [[key, str(value)] for key, value in options.items()]
     for parameter, name, chosen in members:
-        settings = {key: value for key, value in chosen.items() if key not in ("params", "param_names")}
+        settings = {key: shown(value) for key, value in chosen.items() if key not in ("params", "param_names")}
         units = [str(unit) for unit in units_of(parameter, name)] if chosen["algorithm"] == "muon" else []
         rows.append(
             [name, str(tuple(parameter.shape)), str(parameter.dtype), str(getattr(parameter, "placements", "")), *units]

@@ -38,12 +38,15 @@ from vlkit.optim.update import (
     ADJUST_LR,
     AdjustLr,
     adamw_update,
+    adapt_updates,
     batches,
     newton_schulz_of,
     orthogonalize_units,
+    shown,
     update_momentum,
     update_weights,
 )
+from vlkit.optim.variants import STATE_KEY, VARIANTS, Variant, num_rows
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -81,7 +84,9 @@ class Muon(torch.optim.Optimizer):
             makes the elements of an update rms_scale large; "original" is sqrt(max(1, rows / cols));
             "spectral_unclamped" is sqrt(rows / cols); "none" is 1.
         rms_scale: For "match_rms_adamw".
-        ns: Newton-Schulz preset or coefficients; this and the next four are those of vlkit.optim.orthogonalize.
+        ns: Newton-Schulz preset or coefficients; this and the next four are those of vlkit.optim.orthogonalize. Or a function
+            of matrices [count, rows, cols] in ns_dtype ("auto" is fp32), that gives others of the same shape; what it makes
+            of one may not depend on those beside it.
         ns_steps: Number of Newton-Schulz steps, None for the preset's own.
         ns_norm: "frobenius" or "schatten8".
         ns_dtype: Of the Newton-Schulz products.
@@ -91,11 +96,31 @@ class Muon(torch.optim.Optimizer):
         momentum_dtype: Of Muon's state; fp64 parameters keep fp64. AdamW's state is fp32, or fp64 for fp64 parameters.
         max_grad_norm: Clip the norm over all gradients to this; None does not clip.
         maximize: Ascend.
+        variant: What follows the orthogonalisation: "none", "normuon" (a second moment per row) or "adamuon" (one per
+            element); see vlkit.optim.variants.
+        variant_beta: Decay of that second moment.
+        cautious_wd: In Muon groups, decay only elements that the update moves towards zero.
+        process_group: ZeRO-1: every rank has all parameters and a part of the state, updates what it has state for, and
+            gets the rest from the others. None with plain parameters never touches torch.distributed; None with
+            DTensors (fully_shard) shards the state as the parameters are.
+        partition: "flat" cuts the parameters, one after another, in equal slices: exactly 1 / N of the state; a unit
+            cut by a boundary travels. "matrix" deals out whole units by their work: nothing but gradients and parameters
+            travels, and the largest part may exceed the mean by a quarter, or by one unit.
+        grad_sync: "none" takes gradients as they are: averaged already, as under DDP. "reduce_scatter" averages the
+            ranks' own gradients in fp32.
+        split_strategy: Who orthogonalises a unit that k ranks share. "duplicate": all of them, at (k - 1) times its
+            elements sent. "owner": the one with most of it, at twice what the others have. "auto": both where k is 2,
+            else the owner.
 
     Raises:
-        ConfigError: Unknown or contradictory options, or a parameter that cannot take its group's algorithm.
+        ConfigError: Unknown or contradictory options, a parameter that cannot take its group's algorithm, or ranks that
+            differ in parameters or options.
 
-    Source: Moonlight, arXiv:2502.16982, equation 4 and algorithm 1 (on one process).
+    Over ranks every step, and adding a group, is collective. One process given the same averaged gradients ends with the
+    same bits. Buckets of equal device, dtype and algorithm span groups, so that few units are cut. Beside them a step
+    keeps the units that a rank works on for others, and 64 MiB (plus 1 / N of it) for gradients or parameters in transit.
+
+    Source: Moonlight, arXiv:2502.16982, equation 4 and algorithm 1.
     Matches: torch.optim.Muon with ns="keller" to bf16 rounding of the products, torch.optim.AdamW for the rest to fp32
         rounding.
     """
@@ -120,12 +145,15 @@ class Muon(torch.optim.Optimizer):
         momentum_dtype: torch.dtype = torch.float32,
         max_grad_norm: float | None = None,
         maximize: bool = False,
+        variant: Variant = "none",
+        variant_beta: float = 0.95,
+        cautious_wd: bool = False,
         process_group: dist.ProcessGroup | None = None,
         partition: Literal["flat", "matrix"] = "flat",
         grad_sync: Literal["none", "reduce_scatter"] = "none",
         split_strategy: SplitStrategy = "auto",
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm > 0:
+        if max_grad_norm is not None and not _number("max_grad_norm", max_grad_norm) > 0:
             raise ConfigError(f"max_grad_norm must be above 0 or None, found {max_grad_norm}")
         for option, value, known in (
             ("partition", partition, ("flat", "matrix")),
@@ -162,6 +190,9 @@ class Muon(torch.optim.Optimizer):
             "adam_eps": adam_eps,
             "momentum_dtype": momentum_dtype,
             "maximize": maximize,
+            "variant": variant,
+            "variant_beta": variant_beta,
+            "cautious_wd": cautious_wd,
         }
         super().__init__(params, defaults)
         self._lay_out()
@@ -174,6 +205,10 @@ class Muon(torch.optim.Optimizer):
 
         Over ranks this is collective: elements are dealt out anew, and state moves with them.
         """
+        if isinstance(param_group, dict) and "params" not in param_group:
+            raise ConfigError(
+                f"a parameter group needs 'params', found {', '.join(map(repr, param_group)) or 'nothing'}"
+            )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -215,6 +250,7 @@ class Muon(torch.optim.Optimizer):
             for batch in batches(block for piece in mine for block in piece.whole()):
                 directions = update_momentum(batch, options, clip)
                 updates = orthogonalize_units(directions, newton_schulz)
+                adapt_updates(batch, updates, options)
                 update_weights([block.weight for block in batch], updates, options, *batch[0].weight.shape[1:])
         for options, mine in _by_group(pieces, "adamw"):
             adamw_update(*_elements(mine), options, clip)
@@ -299,7 +335,9 @@ class Muon(torch.optim.Optimizer):
         """What this rank holds, in torch's layout, with a `layout` that says which part of the whole it is. The same ranks
         load it again; full_state_dict and sharded_state_dict are for any number of ranks.
         """
-        return {**super().state_dict(), "layout": layout_of(self)}
+        state = super().state_dict()
+        groups = [{key: shown(value) for key, value in group.items()} for group in state["param_groups"]]
+        return {**state, "param_groups": groups, "layout": layout_of(self)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state. That of torch.optim.Muon loads too, with its coefficients and its rule for the learning
@@ -346,7 +384,13 @@ def _new_state(parameter: Tensor, group: Group, layout: Layout) -> dict[str, Ten
     if group["algorithm"] == "muon":
         momentum_dtype = group["momentum_dtype"]
         dtype = torch.promote_types(wide, momentum_dtype) if wide == torch.float64 else momentum_dtype
-        return {"momentum_buffer": layout.zeros(parameter, dtype)}
+        state = {"momentum_buffer": layout.zeros(parameter, dtype)}
+        if group["variant"] == "normuon":
+            rows = num_rows(units_of(parameter)) if parameter.numel() else 0
+            state[STATE_KEY["normuon"]] = torch.zeros(rows, dtype=wide, device=parameter.device)
+        if group["variant"] == "adamuon":
+            state[STATE_KEY["adamuon"]] = layout.zeros(parameter, wide)
+        return state
     step = torch.zeros((), dtype=torch.float32, device=parameter.device)
     return {"step": step, **{key: layout.zeros(parameter, wide) for key in ADAMW_STATE}}
 
@@ -376,17 +420,39 @@ def check_group(group: Group, known: Mapping[str, Any]) -> None:
         raise ConfigError(f"unknown option {sorted(unknown)} in a parameter group; known are {', '.join(known)}")
     if group["algorithm"] not in ("muon", "adamw"):
         raise ConfigError(f"algorithm is 'muon' or 'adamw', found {group['algorithm']!r}")
-    if group["adjust_lr"] not in ADJUST_LR:
-        raise ConfigError(f"adjust_lr is one of {', '.join(ADJUST_LR)}, found {group['adjust_lr']!r}")
+    for key, names in (("adjust_lr", tuple(ADJUST_LR)), ("variant", VARIANTS)):
+        if group[key] not in names:
+            raise ConfigError(f"{key} is one of {', '.join(names)}, found {group[key]!r}")
     for key in ("lr", "weight_decay", "rms_scale", "adam_eps"):
-        if not float(group[key]) >= 0:
+        if not 0 <= _number(key, group[key]) < math.inf:
             raise ConfigError(f"{key} must not be negative, found {group[key]}")
-    for key, decays in (("momentum", [group["momentum"]]), ("betas", group["betas"])):
-        if not all(0 <= decay < 1 for decay in decays):
+    betas = group["betas"]
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise ConfigError(f"betas are two numbers, found {betas!r}")
+    for key, decays in (("momentum", [group["momentum"]]), ("betas", betas), ("variant_beta", [group["variant_beta"]])):
+        if not all(0 <= _number(key, decay) < 1 for decay in decays):
             raise ConfigError(f"{key} must lie in [0, 1), found {group[key]}")
-    if not group["momentum_dtype"].is_floating_point:
-        raise ConfigError(f"momentum_dtype must be a floating-point dtype, found {group['momentum_dtype']}")
+    for key in ("nesterov", "maximize", "cautious_wd"):
+        if not isinstance(group[key], bool):
+            raise ConfigError(f"{key} is True or False, found {group[key]!r}")
+    dtype = group["momentum_dtype"]
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"momentum_dtype must be a floating-point dtype, found {dtype!r}")
     newton_schulz_of(group)
+
+
+def _number(key: str, value: Any) -> float:
+    """The value of an option, of a tensor with one element too.
+
+    Raises:
+        ConfigError: It is no number.
+    """
+    try:
+        if isinstance(value, bool | str):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"{key} is a number, found {value!r}") from None
 
 
 def _check_parameter(parameter: Tensor, name: str, group: Group) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vlkit.errors import OptimizerStateError
 from vlkit.optim.parts import is_dtensor
+from vlkit.optim.update import without_functions
 
 Group: TypeAlias = dict[str, Any]
 State: TypeAlias = Mapping[str, Any]
@@ -238,7 +239,7 @@ def _fitting_options(saved: Saved, wanted: Wanted) -> list[Group]:
             found.append({})
             continue
         place = of_name[names[0]]
-        options, theirs = saved.groups[place], saved.names[place]
+        options, theirs = without_functions(saved.groups[place], own), saved.names[place]
         if options.get("algorithm", own["algorithm"]) != own["algorithm"]:
             raise OptimizerStateError(
                 f"group {index}: the saved state is of {options['algorithm']!r}, this group runs {own['algorithm']!r} "

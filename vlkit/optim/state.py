@@ -41,6 +41,8 @@ from vlkit.optim.agree import (
 )
 from vlkit.optim.parts import Box, Part, Range, checksum, is_dtensor, local_box
 from vlkit.optim.saved_state import VERSION, Group, Plan, State, Wanted, check_value, listed, plan_load
+from vlkit.optim.update import shown
+from vlkit.optim.variants import STATE_KEY
 
 if TYPE_CHECKING:
     from vlkit.optim.muon import Muon
@@ -105,13 +107,12 @@ def names_of(optimizer: Muon) -> list[list[str]]:
 def slots_of(optimizer: Muon) -> list[Slot]:
     """Every tensor of state, in the same order on every rank."""
     slots = []
-    num_ranks = num_ranks_in(optimizer.process_group)
     for group, names in zip(optimizer.param_groups, names_of(optimizer), strict=True):
         for parameter, name in zip(group["params"], names, strict=True):
             for key, tensor in optimizer.state[parameter].items():
-                if optimizer.process_group is not None and tensor.dim():
-                    held = optimizer.held(parameter) if parameter.numel() else [()] * num_ranks
-                    slots.append(Slot(name, key, tensor, tuple(parameter.shape), held))
+                spread = optimizer.process_group is not None and key != STATE_KEY["normuon"]
+                if spread and tensor.dim() and parameter.numel():
+                    slots.append(Slot(name, key, tensor, tuple(parameter.shape), optimizer.held(parameter)))
                 else:
                     slots.append(Slot(name, key, tensor, tuple(tensor.shape)))
     return slots
@@ -302,6 +303,7 @@ def _to_json(value: Any) -> Any:
         return [_to_json(entry) for entry in value]
     if isinstance(value, torch.dtype):
         return str(value)
+    value = shown(value)
     if isinstance(value, Tensor):
         return value.item()
     return value

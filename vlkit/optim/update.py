@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from vlkit.errors import ConfigError
 from vlkit.optim.newton_schulz import BATCH_BYTES, BATCHED_BELOW, NewtonSchulz
+from vlkit.optim.variants import adapt_
 
 AdjustLr: TypeAlias = Literal["match_rms_adamw", "original", "spectral_unclamped", "none"]
 
@@ -36,11 +38,47 @@ ADAMW_STATE = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class Block:
-    """Units of one parameter that are treated together, as views [count, rows, cols]."""
+    """Units of one parameter that are treated together, as views [count, rows, cols].
+
+    Attributes:
+        weight: Of the parameter.
+        grad: Its gradient.
+        momentum: Its state.
+        second_moment: State of a variant: [count, rows] of "normuon", [count, rows, cols] of "adamuon".
+    """
 
     weight: Tensor
     grad: Tensor
     momentum: Tensor
+    second_moment: Tensor | None = None
+
+    def one(self, index: int) -> Block:
+        """Unit `index` alone."""
+        part = slice(index, index + 1)
+        second_moment = None if self.second_moment is None else self.second_moment[part]
+        return Block(self.weight[part], self.grad[part], self.momentum[part], second_moment)
+
+
+@dataclass(frozen=True)
+class OwnFunction:
+    """An orthogonalisation that the user wrote, in the place of NewtonSchulz."""
+
+    function: Callable[[Tensor], Tensor]
+    dtype: torch.dtype | Literal["auto"]
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        return torch.float32 if self.dtype == "auto" else self.dtype
+
+    def uses_gram(self, rows: int, cols: int, dtype: torch.dtype) -> bool:
+        return False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Called with a copy: x may be the momentum itself."""
+        result = self.function(x.clone(memory_format=torch.contiguous_format))
+        if not isinstance(result, Tensor) or result.shape != x.shape:
+            found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise ConfigError(f"ns={shown(self.function)} was given matrices {tuple(x.shape)} and returned {found}")
+        return result.to(x.dtype)
 
 
 def batches(blocks: Iterable[Block]) -> Iterator[list[Block]]:
@@ -52,8 +90,7 @@ def batches(blocks: Iterable[Block]) -> Iterator[list[Block]]:
         count, rows, cols = block.weight.shape
         if min(rows, cols) >= BATCHED_BELOW:
             for i in range(count):
-                part = slice(i, i + 1)
-                yield [Block(block.weight[part], block.grad[part], block.momentum[part])]
+                yield [block.one(i)]
         else:
             key = (rows, cols, block.weight.device, block.weight.dtype, block.grad.dtype, block.momentum.dtype)
             waiting.setdefault(key, []).append(block)
@@ -89,7 +126,7 @@ def update_momentum(blocks: list[Block], options: Mapping[str, Any], factor: flo
     return list(torch._foreach_lerp(grads, means, momentum)) if options["nesterov"] else means
 
 
-def orthogonalize_units(directions: list[Tensor], newton_schulz: NewtonSchulz) -> list[Tensor]:
+def orthogonalize_units(directions: list[Tensor], newton_schulz: NewtonSchulz | OwnFunction) -> list[Tensor]:
     """The orthogonalised units, in the dtype of the directions; one batched product for all."""
     dtype = newton_schulz.compute_dtype(directions[0].device)
     if len(directions) == 1:
@@ -100,10 +137,20 @@ def orthogonalize_units(directions: list[Tensor], newton_schulz: NewtonSchulz) -
     return list(newton_schulz(stacked).to(directions[0].dtype).split(counts))
 
 
+def adapt_updates(blocks: list[Block], updates: list[Tensor], options: Mapping[str, Any]) -> None:
+    """What a variant does to orthogonalised units, whole ones; updates and second moments are written to."""
+    if options["variant"] != "none":
+        for block, update in zip(blocks, updates, strict=True):
+            assert block.second_moment is not None
+            adapt_(update, block.second_moment, options["variant"], options["variant_beta"])
+
+
 def update_weights(
     weights: list[Tensor], updates: list[Tensor], options: Mapping[str, Any], rows: int, cols: int
 ) -> None:
     """weight <- (1 - lr * weight_decay) * weight - lr * factor * update, rounded once; elementwise.
+
+    With cautious_wd only those elements decay that the update moves towards zero too.
 
     Args:
         weights: Units, or slices of units; written to.
@@ -116,7 +163,10 @@ def update_weights(
     factor = ADJUST_LR[options["adjust_lr"]](rows, cols, options["rms_scale"])
     decay, scale = 1 - lr * float(options["weight_decay"]), -lr * factor
     wide = _cast(weights, updates[0].dtype)
-    if decay != 1.0:
+    if options["cautious_wd"] and decay != 1.0:
+        for weight, update in zip(wide, updates, strict=True):
+            weight.mul_(torch.where(weight * update > 0, decay, 1.0))
+    elif decay != 1.0:
         torch._foreach_mul_(wide, decay)
     torch._foreach_add_(wide, updates, alpha=scale)
     if wide[0] is not weights[0]:
@@ -220,9 +270,39 @@ def _newton_schulz(*options: Any) -> NewtonSchulz:
     return NewtonSchulz.make(*options)
 
 
-def newton_schulz_of(options: Mapping[str, Any]) -> NewtonSchulz:
-    """How a parameter group orthogonalises."""
+def newton_schulz_of(options: Mapping[str, Any]) -> NewtonSchulz | OwnFunction:
+    """How a parameter group orthogonalises.
+
+    Raises:
+        ConfigError: Options that cannot be used.
+    """
+    if callable(options["ns"]):
+        if options["ns_steps"] is not None or options["ns_norm"] != "frobenius" or options["ns_form"] != "auto":
+            raise ConfigError(
+                "ns is a function, which ns_steps, ns_norm and ns_form have no meaning for; leave them out"
+            )
+        if options["ns_dtype"] not in ("auto", torch.bfloat16, torch.float32, torch.float64):
+            raise ConfigError(f"ns_dtype is 'auto', bfloat16, float32 or float64, found {options['ns_dtype']!r}")
+        return OwnFunction(options["ns"], options["ns_dtype"])
+    ns, steps = options["ns"], options["ns_steps"]
+    if not isinstance(ns, str | list | tuple):
+        raise ConfigError(f"ns is the name of a preset, coefficients or a function, found {ns!r}")
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int)):
+        raise ConfigError(f"ns_steps is a whole number or None, found {steps!r}")
     return _newton_schulz(*(_hashable(options[key]) for key in ("ns", "ns_steps", "ns_norm", "ns_dtype", "ns_form")))
+
+
+def shown(value: Any) -> Any:
+    """An option as a state or a message can hold it: functions by name."""
+    if isinstance(value, torch.dtype) or not callable(value):
+        return value
+    return f"function {getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__name__)}"
+
+
+def without_functions(options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved options but functions, of which a state has the names only: a group keeps what it was built with."""
+    named = {key for key, value in options.items() if isinstance(value, str) and value.startswith("function ")}
+    return {key: value for key, value in options.items() if key not in named and shown(own.get(key)) is own.get(key)}
 
 
 def _hashable(value: Any) -> Any:

@@ -6,7 +6,7 @@ Both need sums of squares over rows, nothing else, of whatever the norm is made 
 unit computes `row_sums` of those, adds them up over ranks, and scales its own elements by the factors that follow.
 
     NorMuon   v_r <- beta v_r + (1 - beta) mean_c O_rc^2      O_rc <- O_rc / (sqrt(v_r) + eps) * norm(before) / norm(after)
-              state "row_second_moment": fp32, one value per row of every unit, in the order of the units
+              state "row_second_moment": fp32, one value per row of every unit, in the order of their first elements
     AdaMuon   V <- beta V + (1 - beta) O * O                  O <- O / (sqrt(V) + eps) * sqrt(min(rows, cols)) / norm(after)
               state "second_moment": as momentum_buffer
 
@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from functools import lru_cache
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +37,43 @@ EPS = {"normuon": 1e-10, "adamuon": 1e-8}  # under the elements of O, which are 
 def num_rows(units: Sequence[Units]) -> int:
     """Rows of all units together: the length of a row second moment."""
     return sum(some.count * some.rows for some in units)
+
+
+class RowPlaces(NamedTuple):
+    """Where the rows of units are in a row second moment: a view [count, rows] of it."""
+
+    sizes: tuple[int, int]
+    strides: tuple[int, int]
+    first: int
+
+    def view(self, rows: Tensor) -> Tensor:
+        return rows.as_strided(self.sizes, self.strides, rows.storage_offset() + self.first)
+
+
+@lru_cache(maxsize=4096)
+def _row_starts(units: tuple[Units, ...]) -> Tensor:
+    """First elements of all rows, rising."""
+    starts = [
+        some.offset + torch.arange(some.count).view(-1, 1) * some.strides[0] + torch.arange(some.rows) * some.strides[1]
+        for some in units
+    ]
+    return torch.cat([rows.flatten() for rows in starts]).sort().values
+
+
+def row_places(units: Sequence[Units], some: Units, start: int = 0) -> RowPlaces:
+    """The place of the rows of some units among those of all.
+
+    Args:
+        units: All of the parameter.
+        some: Of which, as a view of the parameter from element `start` on.
+        start: That element.
+    """
+    first = start + some.offset
+    wanted = torch.tensor(
+        [first, first + some.strides[0] * (some.count > 1), first + some.strides[1] * (some.rows > 1)]
+    )
+    one, unit, row = torch.searchsorted(_row_starts(tuple(units)), wanted).tolist()
+    return RowPlaces((some.count, some.rows), (unit - one, row - one), one)
 
 
 def row_sums(update: Float[Tensor, "count rows cols"]) -> Float[Tensor, "count rows"]:
