@@ -95,20 +95,20 @@ def zero1(
     """
     state = buffers = scattered = gathered = shared = 0
     work, exchanged = [0] * ranks, [0] * ranks
-    for group in groups:
-        muon = group["algorithm"] == "muon"
-        for parameters in _alike(group["params"]):
-            spans = [spans_of(units_of(p)) if muon else [] for p in parameters]
-            sizes = [p.numel() for p in parameters]
-            held = deal_spans(spans, ranks) if muon and partition == "matrix" else deal_flat(sizes, ranks)
-            most = _longest(held)
-            width = parameters[0].element_size()
-            state += most * (WIDE if muon else 2 * WIDE) + (0 if muon else WIDE * len(parameters))
-            buffers += most * WIDE
-            scattered += (ranks - 1) * most * WIDE
-            gathered += (ranks - 1) * most * width
-            for of_one, mine in zip(held, spans, strict=True):
-                shared += _deal_work(of_one, mine, work, exchanged)
+    for (algorithm, dtype), parameters in _buckets(groups).items():
+        muon = algorithm == "muon"
+        spans = [spans_of(units_of(p)) if muon else [] for p in parameters]
+        if muon and partition == "matrix":
+            held = deal_spans(spans, ranks)
+        else:
+            held = deal_flat([p.numel() for p in parameters], ranks)
+        most = _longest(held)
+        state += most * (WIDE if muon else 2 * WIDE) + (0 if muon else WIDE * len(parameters))
+        buffers += most * WIDE
+        scattered += (ranks - 1) * most * WIDE
+        gathered += (ranks - 1) * most * dtype.itemsize
+        for of_one, mine in zip(held, spans, strict=True):
+            shared += _deal_work(of_one, mine, work, exchanged)
     gradients = sum(p.numel() * p.element_size() for group in groups for p in group["params"])
     return Shares(
         weights=_bytes(model.parameters()),
@@ -288,12 +288,13 @@ def _newton_schulz(rows: int, cols: int) -> int:
     return count_products(lambda: NewtonSchulz.make()(torch.empty(1, rows, cols, device="meta")))
 
 
-def _alike(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Parameters of one dtype together, as the optimizer has them in a bucket."""
-    found: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in parameters:
-        found.setdefault(parameter.dtype, []).append(parameter)
-    return list(found.values())
+def _buckets(groups: Sequence[dict[str, Any]]) -> dict[tuple[str, torch.dtype], list[Tensor]]:
+    """Parameters that are dealt out together: of one algorithm and one dtype."""
+    found: dict[tuple[str, torch.dtype], list[Tensor]] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            found.setdefault((group["algorithm"], parameter.dtype), []).append(parameter)
+    return found
 
 
 def _longest(held: Sequence[Held]) -> int:

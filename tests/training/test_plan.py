@@ -1,0 +1,274 @@
+"""A plan is true: its bytes are those of real optimizers and real ranks, its parameters those of the registry."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vlkit
+from tests.ranks import run_ranks
+from vlkit.errors import ConfigError, ImageError, SequenceTooLongError, UnknownModelError
+from vlkit.models.vlm import VisionLanguageModel
+from vlkit.optim import Muon
+from vlkit.registry import model_spec
+from vlkit.testing import random_batch
+from vlkit.training.plan import optimizer_groups, plan
+from vlkit.training.sharding import make_mesh, shard_model
+
+TINY = vlkit.list_models("*-tiny")
+LARGE = ["kimi-vl-a3b", "qwen2.5-vl-72b", "qwen3-vl-235b-a22b", "qwen-vl", "andesvl-4b"]
+SMALL: dict[str, Any] = {"sequence": 96, "image": (24, 16), "dtype": "fp32"}
+
+
+# ---- one process ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TINY + LARGE)
+def test_parameters_are_those_of_the_registry(name: str) -> None:
+    spec = model_spec(name)
+    found = plan(name).parameters
+    assert (found["all"].total, found["all"].active) == (spec.num_parameters, spec.num_active_parameters)
+    assert sum(found[part].total for part in ("vision", "projector", "llm")) == spec.num_parameters
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("name", TINY)
+def test_state_is_that_of_the_optimizer(name: str, optimizer: str) -> None:
+    made = make_muon(vlkit.create_model(name), optimizer)
+    memory = plan(name, optimizer=optimizer, **SMALL).memory
+    assert memory.state == state_bytes(made)
+    trained = sum(p.numel() for group in made.param_groups for p in group["params"])
+    assert memory.gradients == 4 * trained
+    assert memory.weights == 4 * model_spec(name).num_parameters
+
+
+def make_muon(model: VisionLanguageModel, optimizer: str = "muon", **options: Any) -> Muon:
+    return Muon(optimizer_groups(model, optimizer), lr=1e-3, ns_dtype=torch.bfloat16, **options)
+
+
+def state_bytes(optimizer: Muon) -> int:
+    """Of what this rank has."""
+    tensors = [value for state in optimizer.state.values() for value in state.values()]
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return sum(tensor.numel() * tensor.element_size() for tensor in local)
+
+
+# ---- ranks ----------------------------------------------------------------------------------------------------------
+
+
+class Sent(TorchDispatchMode):
+    """Bytes that a rank sends: in a ring for gathers and scatters; the whole buffer of sums, messages and all-to-alls."""
+
+    KINDS: ClassVar[dict[str, Callable[[Any], Any]]] = {
+        "_reduce_scatter_base_": lambda args: args[1].nbytes - args[0].nbytes,
+        "_allgather_base_": lambda args: args[0].nbytes - args[1].nbytes,
+        "allreduce_": lambda args: sum(tensor.nbytes for tensor in args[0]),
+        "alltoall_base_": lambda args: args[1].nbytes,
+        "send": lambda args: sum(tensor.nbytes for tensor in args[0]),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = func.overloadpacket.__name__
+        if func.namespace == "c10d" and kind in self.KINDS:
+            self.bytes[kind] += self.KINDS[kind](args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "partition"),
+    [("kimi-vl-tiny", 3, "flat"), ("qwen3-vl-tiny", 2, "flat"), ("kimi-vl-tiny", 3, "matrix")],
+)
+def test_zero1_holds_and_sends_what_was_planned(name: str, ranks: int, partition: str) -> None:
+    planned = plan(name, ranks=ranks, partition=partition, **SMALL)
+    found = run_ranks(zero1_step, ranks, name, partition)
+    assert planned.memory.state == max(state for state, _ in found)
+    for _, sent in found:
+        assert planned.sent["reduce-scatter of gradients"] == sent["_reduce_scatter_base_"]
+        assert planned.sent["all-gather of parameters"] == sent["_allgather_base_"]
+    assert planned.sent.get("matrices that several ranks share", 0) == max(sent["send"] for _, sent in found)
+
+
+def zero1_step(rank: int, name: str, partition: Any) -> tuple[int, Counter[str]]:
+    torch.manual_seed(0)
+    model = vlkit.create_model(name)
+    optimizer = make_muon(model, process_group=dist.group.WORLD, grad_sync="reduce_scatter", partition=partition)
+    loss = model(random_batch(model, seed=rank)).loss
+    assert loss is not None
+    loss.backward()
+    with Sent() as sent:
+        optimizer.step()
+    return state_bytes(optimizer), sent.bytes
+
+
+@pytest.mark.parametrize(("replicate", "expert_parallel"), [(1, 1), (2, 1), (1, 2)])
+def test_fsdp_holds_and_sends_what_was_planned(replicate: int, expert_parallel: int) -> None:
+    name, ranks, tokens = "kimi-vl-tiny", 4, 26
+    planned = plan(
+        name,
+        ranks=ranks,
+        sharding="fsdp",
+        replicate=replicate,
+        expert_parallel=expert_parallel,
+        sequence=tokens,
+        image=(24, 16),
+        dtype="fp32",
+    )
+    found = run_ranks(fsdp_step, ranks, name, replicate, expert_parallel)
+    assert planned.memory.weights == max(weights for weights, *_ in found)
+    assert planned.memory.gradients == max(gradients for _, gradients, *_ in found)
+    assert planned.memory.state == max(state for *_, state, _ in found)
+    sent = [counted for *_, counted in found]
+    # Five experts over two ranks: the rank with three is the one that is planned for.
+    assert planned.sent["all-gather of weights"] == max(each["_allgather_base_"] for each in sent)
+    assert planned.sent["reduce-scatter of gradients"] == max(each["_reduce_scatter_base_"] for each in sent)
+    assert (
+        planned.sent.get("all-reduce of gradients between copies", 0)
+        == sent[0]["allreduce_"] * 2 * (replicate - 1) / replicate
+    )
+    assert planned.sent["matrices that several ranks share"] == max(each["send"] for each in sent)
+    # Rows go where the router sends them, so only their sum is known; the counts before them, 8 bytes an expert, are left out.
+    rows = sum(each["alltoall_base_"] - 8 * 5 * (expert_parallel > 1) for each in sent)
+    assert planned.sent.get("all-to-all of tokens", 0) * ranks * 2 == rows
+
+
+def fsdp_step(rank: int, name: str, replicate: int, expert_parallel: int) -> tuple[int, int, int, Counter[str]]:
+    torch.manual_seed(0)
+    mesh = make_mesh(replicate=replicate, expert_parallel=expert_parallel)
+    model = shard_model(vlkit.create_model(name), mesh)
+    optimizer = make_muon(model)
+    with Sent() as sent:
+        loss = model(random_batch(model, ((20, [(2, 3)]),), seed=rank)).loss
+        loss.backward()
+    with Sent() as exchanged:
+        optimizer.step()
+    sent.bytes["send"] = exchanged.bytes["send"]
+    weights = memory_of([p.to_local() for p in model.parameters()])
+    gradients = memory_of([p.grad.to_local() for p in model.parameters() if p.grad is not None])
+    return weights, gradients, state_bytes(optimizer), sent.bytes
+
+
+def memory_of(tensors: list[torch.Tensor]) -> int:
+    """Bytes, with what fills shards up; the gradients of a group are one memory."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages.pop(0, None)
+    return sum(storages.values())
+
+
+# ---- what is planned ------------------------------------------------------------------------------------------------
+
+
+def test_ranks_share_the_state() -> None:
+    alone, eight = plan("kimi-vl-a3b"), plan("kimi-vl-a3b", ranks=8)
+    assert eight.memory.state == pytest.approx(alone.memory.state / 8, rel=1e-4)
+    adamw = plan("kimi-vl-a3b", ranks=8, optimizer="adamw")
+    assert adamw.memory.state == pytest.approx(8 * alone.parameters["all"].total / 8, rel=1e-4)
+
+
+def test_shards_beyond_the_experts_are_filled_up() -> None:
+    """64 stacked experts cut along the stack: 1,024 shards hold 16 times as much together."""
+    few, many = (plan("kimi-vl-a3b", ranks=ranks, sharding="fsdp") for ranks in (64, 1024))
+    assert 13 < many.memory.weights * 1024 / (few.memory.weights * 64) < 16
+    copies = plan("kimi-vl-a3b", ranks=1024, sharding="fsdp", replicate=16)
+    assert copies.memory.weights == few.memory.weights
+    assert "14 times 1/1,024" in str(many)
+
+
+def test_a_step_is_its_tokens_and_images() -> None:
+    planned = plan("kimi-vl-a3b", ranks=4, sequence=4096, micro_batch=10_000, micro_batches=3, images_per_sequence=2)
+    assert planned.options.lengths == (4096, 4096)
+    assert planned.tokens_per_step == 4 * 3 * 2 * 4096
+    assert planned.images_per_step == 4 * 3 * 2 * 2
+    assert planned.per_step.total == pytest.approx(
+        6 * 4096 * planned.per_token.total + 12 * planned.per_image.total, rel=1e-6
+    )
+
+
+def test_products_of_a_token_are_two_per_active_parameter() -> None:
+    """The embedding is looked up; fp32 copies and norms multiply no matrices."""
+    model = vlkit.create_model("kimi-vl-a3b", device="meta")
+    planned = plan("kimi-vl-a3b")
+    matrices = sum(p.numel() for p in model.llm.parameters() if p.ndim > 1) - model.llm.inactive_parameters()
+    assert planned.per_token.forward == 2 * (matrices - model.llm.embedding.weight.numel())
+    assert planned.per_token.backward == 2 * planned.per_token.forward
+
+
+def test_without_images_a_rank_runs_the_blank_one() -> None:
+    planned = plan("kimi-vl-tiny", sequence=64, images_per_sequence=0)
+    assert planned.images_per_step == 0
+    assert planned.per_step.forward > 64 * planned.per_token.forward
+
+
+def test_checkpointing_trades_memory_for_operations() -> None:
+    none, selective, full = (plan("kimi-vl-a3b", checkpointing=kind) for kind in ("none", "selective", "full"))
+    assert full.memory.activations < selective.memory.activations < none.memory.activations
+    assert none.recomputed == 0 < full.recomputed < full.per_step.total / 3
+
+
+def test_mixed_precision_gathers_and_computes_in_the_narrow_type() -> None:
+    options = {"ranks": 8, "sharding": "fsdp"}
+    narrow, wide = plan("kimi-vl-a3b", **options), plan("kimi-vl-a3b", dtype="fp32", **options)
+    mixed = plan("kimi-vl-a3b", dtype="fp32", compute_dtype="bf16", **options)
+    assert mixed.memory.weights == wide.memory.weights == 2 * narrow.memory.weights
+    assert mixed.memory.activations == narrow.memory.activations < wide.memory.activations
+    assert mixed.sent == narrow.sent
+
+
+def test_a_saved_model_and_a_composition_can_be_planned(tmp_path: Path) -> None:
+    model = vlkit.compose(vision="moonvit-tiny", llm="qwen3-tiny")
+    model.save_pretrained(tmp_path)
+    planned, composed = plan(tmp_path, sequence=128, image=(16, 16)), plan(model.config, sequence=128, image=(16, 16))
+    assert planned.memory == composed.memory
+    assert planned.parameters["all"].total == model.num_parameters()
+
+
+def test_a_plan_is_json() -> None:
+    planned = plan("kimi-vl-tiny", sequence=64, image=(16, 16))
+    values = json.loads(json.dumps(planned.to_dict()))
+    assert values["memory"]["peak"] == planned.memory.peak
+    assert values["per_token"]["total"] == planned.per_token.total
+    assert values["options"]["sequence"] == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"sequence": 9000}, SequenceTooLongError, "sequence=4096 or less"),
+        ({"sequence": 64, "images_per_sequence": 9}, SequenceTooLongError, "9 images of 70 tokens do not fit"),
+        ({"image": (1, 10_000)}, ImageError, "aspect ratio"),
+        ({"expert_parallel": 2, "ranks": 2}, ConfigError, "expert_parallel needs sharding='fsdp'"),
+        ({"compute_dtype": "fp32"}, ConfigError, "compute_dtype needs sharding='fsdp'"),
+        ({"expert_parallel": 8, "ranks": 8, "sharding": "fsdp"}, ConfigError, "over 5 ranks"),
+        ({"replicate": 3, "ranks": 8, "sharding": "fsdp"}, ConfigError, "must divide the number of ranks"),
+        ({"sequence": 128, "micro_batch": 100}, ConfigError, "holds no sequence of 128"),
+        ({"rank": 8}, ConfigError, "did you mean 'ranks'"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_way_out(
+    options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=re.escape(words)):
+        plan("kimi-vl-tiny", **options)
+
+
+def test_a_dense_model_has_no_experts_to_spread() -> None:
+    with pytest.raises(ConfigError, match="qwen3-vl-tiny has no experts"):
+        plan("qwen3-vl-tiny", ranks=2, sharding="fsdp", expert_parallel=2)
+
+
+def test_an_unknown_name_has_neighbours() -> None:
+    with pytest.raises(UnknownModelError, match="kimi-vl-tiny"):
+        plan("kimi-vl-tyni")
