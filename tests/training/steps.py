@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from vlkit.models import VisionLanguageModel
 from vlkit.models.factory import create_model
 from vlkit.objectives import next_token_targets
+from vlkit.optim import Muon, muon_param_groups
 from vlkit.packing import Batch
 from vlkit.testing import random_batch
 
@@ -26,11 +27,16 @@ SHARES: tuple[Sequences, ...] = (
     ((1, [(1, 1)]),),
 )
 
-Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Optimizer = Callable[[VisionLanguageModel], torch.optim.Optimizer]
 
 
-def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-3)
+def adamw(model: VisionLanguageModel) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+
+def muon(model: VisionLanguageModel) -> torch.optim.Optimizer:
+    """Products in the dtype of the weights: in bf16, gradients that differ in the last bit would be rounded apart."""
+    return Muon(muon_param_groups(model), lr=1e-3, ns_dtype=next(model.parameters()).dtype)
 
 
 def make(name: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> VisionLanguageModel:
@@ -65,7 +71,7 @@ def train_whole(
     model: VisionLanguageModel, num_ranks: int, *, steps: int = 5, optimizer: Optimizer = adamw
 ) -> VisionLanguageModel:
     """One process sees what all ranks see, as one batch."""
-    chosen = optimizer(p for p in model.parameters() if p.requires_grad)
+    chosen = optimizer(model)
     for step in range(steps):
         batches = shares(model, num_ranks, step)
         backward(model, Batch.concat(batches), num_targets(batches))
@@ -78,7 +84,7 @@ def train_share(
     model: VisionLanguageModel, rank: int, num_ranks: int, *, steps: int = 5, optimizer: Optimizer = adamw
 ) -> VisionLanguageModel:
     """One of many ranks; the mean over ranks is taken of gradients, so each divides by its share of the count."""
-    chosen = optimizer(p for p in model.parameters() if p.requires_grad)
+    chosen = optimizer(model)
     for step in range(steps):
         batches = shares(model, num_ranks, step)
         backward(model, batches[rank], num_targets(batches) / num_ranks)

@@ -1,7 +1,8 @@
 """Models sharded over ranks train as one process does.
 
-Measured over all tiny families, AdamW, 5 steps of 1e-3: after them parameters lie at most 3e-13 apart in fp64 and 7e-5 in
-fp32, where AdamW blows up gradients that are nothing but rounding.
+Measured over all tiny families, Muon and AdamW, 2 and 3 ranks, 5 steps of 1e-3: after them parameters lie at most 4e-13 apart
+in fp64. In fp32 it is 2e-4 for qwen-vl-tiny and 6e-5 for the others, where AdamW blows up gradients that are nothing but
+rounding.
 """
 
 from __future__ import annotations
@@ -12,38 +13,55 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from tests.ranks import run_ranks
-from tests.training.steps import backward, furthest, gradient, make, num_targets, shares, train_share, train_whole
+from tests.training.steps import (
+    Optimizer,
+    adamw,
+    backward,
+    furthest,
+    gradient,
+    make,
+    muon,
+    num_targets,
+    shares,
+    train_share,
+    train_whole,
+)
 from vlkit.errors import ConfigError
 from vlkit.packing import Batch
 from vlkit.registry import list_models
 from vlkit.testing import random_batch
-from vlkit.training.recompute import blocks_of
+from vlkit.training.recompute import blocks_of, checkpoint_blocks
 from vlkit.training.sharding import make_mesh, shard_model
 
 FAMILIES = list_models("*-tiny")
-APART = {torch.float64: 1e-11, torch.float32: 3e-4}
+APART = {torch.float64: 1e-11, torch.float32: 6e-4}
 
 
-def all_families(rank: int, num_ranks: int, names: list[str], dtype: torch.dtype) -> dict[str, float]:
+def trained(
+    rank: int, num_ranks: int, names: list[str], dtype: torch.dtype, optimizer: Optimizer, replicate: int
+) -> dict[str, float]:
     found = {}
     for name in names:
-        ours = train_share(shard_model(make(name, dtype), make_mesh()), rank, num_ranks)
-        found[name] = furthest(ours, train_whole(make(name, dtype), num_ranks))
+        ours = shard_model(make(name, dtype), make_mesh(replicate=replicate))
+        train_share(ours, rank, num_ranks, optimizer=optimizer)
+        found[name] = furthest(ours, train_whole(make(name, dtype), num_ranks, optimizer=optimizer))
     return found
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "names", "dtype"),
+    ("num_ranks", "names", "dtype", "optimizer", "replicate"),
     [
-        (2, FAMILIES, torch.float64),
-        (2, ["kimi-vl-tiny"], torch.float32),
-        (3, ["kimi-vl-tiny", "qwen3-vl-tiny"], torch.float64),
-        (4, ["qwen3-vl-moe-tiny"], torch.float64),
+        (2, FAMILIES, torch.float64, muon, 1),
+        (2, ["kimi-vl-tiny", "qwen-vl-tiny"], torch.float32, adamw, 1),
+        (3, ["kimi-vl-tiny", "qwen3-vl-tiny"], torch.float64, muon, 1),
+        (4, ["qwen3-vl-moe-tiny"], torch.float64, muon, 2),
     ],
 )
-def test_training_over_ranks_equals_one_process(num_ranks: int, names: list[str], dtype: torch.dtype) -> None:
+def test_training_over_ranks_equals_one_process(
+    num_ranks: int, names: list[str], dtype: torch.dtype, optimizer: Optimizer, replicate: int
+) -> None:
     """Rank 1 has no image, rank 3 no target, and all have different numbers of tokens."""
-    for found in run_ranks(all_families, num_ranks, num_ranks, names, dtype):
+    for found in run_ranks(trained, num_ranks, num_ranks, names, dtype, optimizer, replicate):
         assert found.keys() == set(names)
         for name, apart in found.items():
             assert apart <= APART[dtype], f"{name}: {apart:.1e}"
@@ -68,27 +86,29 @@ def test_every_rank_holds_its_share_in_groups_of_one_block() -> None:
             assert more_groups in (1, 2), name  # the root, and a projector that is as large as a block
 
 
-def without_images(rank: int, frozen: str) -> tuple[float, bool]:
-    """Only rank 0 has images; with gradients and without; the tower, or all that sees, frozen."""
-    parts = {"": [], "tower": ["vision"], "both": ["vision", "projector"], "text": ["llm"]}[frozen]
-    ours, theirs = make("qwen3-vl-tiny"), make("qwen3-vl-tiny")
-    for model in (ours, theirs):
-        for part in parts:
-            getattr(model, part).requires_grad_(False)
-    shard_model(ours, make_mesh())
-    batches = shares(theirs, 2, step=0)
-    with torch.no_grad():
-        same = torch.equal(ours(batches[rank]).loss, theirs(batches[rank]).loss)
-    backward(ours, batches[rank], num_targets(batches) / 2)
-    backward(theirs, Batch.concat(batches), num_targets(batches))
-    return furthest(ours, theirs, of=gradient), same
+def without_images(rank: int) -> dict[str, tuple[float, bool]]:
+    """Only rank 0 has images; with gradients and without; with parts that are frozen."""
+    found = {}
+    for frozen in ("", "vision", "vision projector", "llm"):
+        ours, theirs = make("qwen3-vl-tiny"), make("qwen3-vl-tiny")
+        for model in (ours, theirs):
+            for part in frozen.split():
+                getattr(model, part).requires_grad_(False)
+        shard_model(ours, make_mesh())
+        batches = shares(theirs, 2, step=0)
+        with torch.no_grad():
+            same = torch.equal(ours(batches[rank]).loss, theirs(batches[rank]).loss)
+        backward(ours, batches[rank], num_targets(batches) / 2)
+        backward(theirs, Batch.concat(batches), num_targets(batches))
+        found[frozen] = furthest(ours, theirs, of=gradient), same
+    return found
 
 
-@pytest.mark.parametrize("frozen", ["", "tower", "both", "text"])
-def test_ranks_without_images_take_part(frozen: str) -> None:
-    for apart, same in run_ranks(without_images, 2, frozen):
-        assert apart < 1e-13
-        assert same
+def test_ranks_without_images_take_part() -> None:
+    for found in run_ranks(without_images, 2):
+        for frozen, (apart, same) in found.items():
+            assert apart < 1e-13, frozen
+            assert same, frozen
 
 
 def nothing_to_learn(rank: int) -> tuple[float, float]:
@@ -122,16 +142,27 @@ def test_accumulated_gradients_equal_one_large_batch() -> None:
     assert max(run_ranks(in_pieces, 2)) < 1e-13
 
 
-def recomputed(rank: int) -> bool:
-    kept, again = (shard_model(make("kimi-vl-tiny", torch.float32), make_mesh()) for _ in range(2))
-    again.gradient_checkpointing = True
-    batches = shares(kept, 2, step=0)
-    losses = [backward(model, batches[rank], 3.0) for model in (kept, again)]
-    return torch.equal(*losses) and furthest(kept, again, of=gradient) == 0
+def recomputed(rank: int) -> list[bool]:
+    """Every other way to recompute, before sharding and after; experts on one rank and on two."""
+    same = []
+    for expert_parallel in (1, 2):
+        mesh = make_mesh(expert_parallel=expert_parallel)
+        kept, *again = (make("kimi-vl-tiny", torch.float32) for _ in range(4))
+        checkpoint_blocks(again[0], every="selective")
+        for model in (kept, *again):
+            shard_model(model, mesh, param_dtype=torch.bfloat16)
+        checkpoint_blocks(again[1], every=2)
+        again[2].gradient_checkpointing = True
+        batches = shares(kept, 2, step=0)
+        loss = backward(kept, batches[rank], 3.0)
+        for model in again:
+            same.append(torch.equal(loss, backward(model, batches[rank], 3.0)))
+            same.append(furthest(kept, model, of=gradient) == 0)
+    return same
 
 
-def test_gradient_checkpointing_changes_no_bit() -> None:
-    assert all(run_ranks(recomputed, 2))
+def test_recomputing_a_sharded_model_changes_no_bit() -> None:
+    assert run_ranks(recomputed, 2) == [[True] * 12] * 2
 
 
 def narrow(rank: int) -> tuple[float, float, set[torch.dtype]]:
@@ -156,19 +187,6 @@ def test_mixed_precision_computes_in_bf16_and_keeps_fp32() -> None:
         assert apart == 0
         assert of_gradients < 3e-2
         assert dtypes == {torch.float32}
-
-
-def copies(rank: int) -> tuple[float, list[str]]:
-    model = shard_model(make("qwen3-vl-moe-tiny"), make_mesh(replicate=2))
-    ours = train_share(model, rank, 4, steps=2)
-    placements = sorted({str(p.placements) for p in model.parameters() if isinstance(p, DTensor)})
-    return furthest(ours, train_whole(make("qwen3-vl-moe-tiny"), 4, steps=2)), placements
-
-
-def test_copies_of_a_sharded_model_train_as_one() -> None:
-    for apart, placements in run_ranks(copies, 4):
-        assert apart < 1e-11
-        assert placements == ["(Replicate(), Shard(dim=0))"]
 
 
 def answers(rank: int) -> bool:

@@ -1,7 +1,58 @@
-"""Training: models over many ranks, runs that resume, and what a run will cost."""
+"""Training: models over many ranks, runs that resume, and what a run will cost.
 
-from vlkit.training.config import TrainConfig, read_train_config
-from vlkit.training.faults import EXIT_STOPPED
-from vlkit.training.loop import Result, train
+Names are loaded when they are first used: torch's sharding costs seconds that a run on one process need not wait.
+"""
 
-__all__ = ["EXIT_STOPPED", "Result", "TrainConfig", "read_train_config", "train"]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlkit.training.config import TrainConfig, read_train_config
+    from vlkit.training.experts import balance_experts, parallel_experts
+    from vlkit.training.faults import EXIT_STOPPED
+    from vlkit.training.gathering import gather_model, save_sharded
+    from vlkit.training.loop import Result, train
+    from vlkit.training.recompute import checkpoint_blocks
+    from vlkit.training.sharding import load_sharded, make_mesh, shard_model
+
+_HOME = {
+    "EXIT_STOPPED": "faults",
+    "Result": "loop",
+    "TrainConfig": "config",
+    "balance_experts": "experts",
+    "checkpoint_blocks": "recompute",
+    "gather_model": "gathering",
+    "load_sharded": "sharding",
+    "make_mesh": "sharding",
+    "parallel_experts": "experts",
+    "read_train_config": "config",
+    "save_sharded": "gathering",
+    "shard_model": "sharding",
+    "train": "loop",
+}
+
+__all__ = [
+    "EXIT_STOPPED",
+    "Result",
+    "TrainConfig",
+    "balance_experts",
+    "checkpoint_blocks",
+    "gather_model",
+    "load_sharded",
+    "make_mesh",
+    "parallel_experts",
+    "read_train_config",
+    "save_sharded",
+    "shard_model",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vlkit.training' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"vlkit.training.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -3,7 +3,7 @@
     checkpoint_blocks(model, every=1)            each block keeps its input only, and is run again in the backward
     checkpoint_blocks(model, every=3)            so do the first, fourth, seventh, ... of each stack
     checkpoint_blocks(model, every="selective")  each block keeps what matrix products and attention gave; the rest,
-                                                 norms and activations above all, is computed again
+                                                 norms, activations and the experts' loop, is computed again
     checkpoint_blocks(model, every=0)            as it was
 
 `model.gradient_checkpointing = True` is `every=1`. Results are the same, bit for bit, also with experts: the router
@@ -14,19 +14,22 @@ Source: Chen et al., arXiv:1604.06174; selective, Korthikanti et al., arXiv:2205
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 from vlkit.errors import ConfigError
 from vlkit.models.vlm import VisionLanguageModel
 
-SAVED = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "experts", "attention")
-"""Words in the names of operators whose outputs the selective mode keeps; "attention" is in all kinds of it."""
+KEPT = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "experts"}
+"""Operators whose outputs the selective mode keeps, beside all that have "attention" in their names."""
 
 
 def checkpoint_blocks(
@@ -72,13 +75,68 @@ def _again(forward: Callable[..., Any], selective: bool, *args: Any, **kwargs: A
         return forward(*args, **kwargs)
     if not selective:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    kept = partial(create_selective_checkpoint_contexts, _policy)
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=kept, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=_keep_and_replay, **kwargs)
 
 
-def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    words = operator.name().removeprefix("aten::").removeprefix("vlkit::")
+def _keep_and_replay() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    kept: deque[Any] = deque()
+    return _Keep(kept), _Replay(kept)
+
+
+# torch's own selective contexts count every operator and need the same number of each in both passes. Where weights are
+# gathered inside of a block, as those of spread experts, the second pass runs others; here only those that are kept count.
+
+
+class _Keep(TorchDispatchMode):
+    """Keeps the outputs of products and attention, in order."""
+
+    def __init__(self, kept: deque[Any]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if _is_kept(func):
+            self.kept.append(tree_map(_with_version, made))
+        return made
+
+
+class _Replay(TorchDispatchMode):
+    """Gives them back, each once, instead of running the operators again."""
+
+    def __init__(self, kept: deque[Any]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not _is_kept(func):
+            return func(*args, **(kwargs or {}))
+        if not self.kept:
+            raise RuntimeError(
+                "a block that is recomputed selectively runs more products than in its forward, or a second backward was "
+                "asked for, for which every=1 keeps what is needed"
+            )
+        return tree_map(_unchanged, self.kept.popleft(), is_leaf=lambda value: isinstance(value, _Kept))
+
+
+class _Kept(NamedTuple):
+    tensor: Tensor
+    version: int
+
+
+def _with_version(value: Any) -> Any:
+    return _Kept(value.detach(), value._version) if isinstance(value, Tensor) else value
+
+
+def _unchanged(value: Any) -> Any:
+    if not isinstance(value, _Kept):
+        return value
+    assert value.tensor._version == value.version, "a block writes into what a product or attention gave it"
+    return value.tensor.detach()
+
+
+def _is_kept(operator: Any) -> bool:
+    space, _, name = operator.name().partition("::")
     if "out" in operator._overloadname:  # writes into a tensor that is not its own
-        return CheckpointPolicy.PREFER_RECOMPUTE
-    found = any(words.split(".")[0] == word for word in SAVED) or "attention" in words
-    return CheckpointPolicy.MUST_SAVE if found else CheckpointPolicy.PREFER_RECOMPUTE
+        return False
+    return space in ("aten", "vlkit") and (name.split(".")[0] in KEPT or "attention" in name)
