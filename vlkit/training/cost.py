@@ -35,7 +35,7 @@ from vlkit.errors import ConfigError
 from vlkit.llm.output import Deep
 from vlkit.models.vlm import VisionLanguageModel
 from vlkit.packing import Layout, Packed
-from vlkit.training.recompute import SAVED, blocks_of
+from vlkit.training.recompute import blocks_of
 
 aten, own = torch.ops.aten, torch.ops.vlkit
 
@@ -213,7 +213,7 @@ class _Tally(TorchDispatchMode):
                 name = _BACKWARD[name] if self.in_backward else name
                 self.counts[name] += table[func.overloadpacket](*args)
         result = func(*args, **(kwargs or {}))
-        if not self.in_backward and func.overloadpacket.__name__ in SAVED:
+        if not self.in_backward and (func.overloadpacket in PRODUCTS or func.overloadpacket in ATTENTION):
             self.results += sum(t.numel() * t.element_size() for t in tree_leaves(result))
         return result
 

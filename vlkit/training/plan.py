@@ -386,8 +386,9 @@ def _memory(model: VisionLanguageModel, options: PlanOptions, step: Cost, shares
         kept = step.kept_outside + step.inputs + step.largest_block
     if options.checkpointing == "selective":
         kept += step.products
-    if options.expert_parallel > 1 and options.checkpointing == "none":
-        kept += 2 * _slots(model, sum(options.lengths)) * model.config.llm.dim * width  # type: ignore[attr-defined]
+    if options.expert_parallel > 1:  # rows that came, and outputs that went, of every layer or of the block at work
+        slots = _slots(model, sum(options.lengths))
+        kept += 2 * (sum(slots) if options.checkpointing == "none" else max(slots)) * model.config.llm.dim * width  # type: ignore[attr-defined]
     chunk = min(model.config.loss_chunk, sum(options.lengths))
     vocabulary = model.config.llm.vocab_size  # type: ignore[attr-defined]
     return Memory(
@@ -406,16 +407,16 @@ def _sent(model: VisionLanguageModel, options: PlanOptions, shares: Shares, toke
     parallel = options.expert_parallel
     if parallel > 1:
         # Rows to their experts and outputs back; in the backward, the gradients of both. Computing again repeats the forward's.
-        passes = 6 if options.checkpointing == "full" else 4
+        passes = 4 if options.checkpointing == "none" else 6
         width = DTYPES[options.compute_dtype or options.dtype].itemsize
-        rows = _slots(model, tokens) * model.config.llm.dim * width  # type: ignore[attr-defined]
+        rows = sum(_slots(model, tokens)) * model.config.llm.dim * width  # type: ignore[attr-defined]
         sent["all-to-all of tokens"] = options.micro_batches * passes * rows * (parallel - 1) // parallel
     return {what: size for what, size in {**sent, **shares.sent_per_step}.items() if size}
 
 
-def _slots(model: VisionLanguageModel, tokens: int) -> int:
-    """(token, chosen expert) pairs, over all layers."""
-    return sum(tokens * module.router.top_k for module in model.modules() if isinstance(module, MoE))
+def _slots(model: VisionLanguageModel, tokens: int) -> list[int]:
+    """(token, chosen expert) pairs of every layer with experts."""
+    return [tokens * module.router.top_k for module in model.modules() if isinstance(module, MoE)]
 
 
 def _shared(operations: Operations, count: int) -> Operations:
