@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from tests.optim import over_ranks
+from tests.ranks import run_ranks
 from vlkit.errors import ConfigError
 from vlkit.optim import Muon, orthogonalize
 from vlkit.optim.units import spans_of, units_of
@@ -370,3 +372,50 @@ def test_options_of_wrong_kinds_are_refused_in_words(options: dict[str, Any], wo
 def test_a_group_without_parameters_is_refused_in_words() -> None:
     with pytest.raises(ConfigError, match="needs 'params', found 'lr'"):
         Muon([{"lr": 0.1}], 0.1)
+
+
+# Over ranks
+
+
+def _variant_on_ranks(rank: int, options: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any], list[int]]:
+    import torch.distributed as dist
+
+    params = over_ranks.plain()
+    optimizer = Muon(over_ranks.declare(params), 0.02, process_group=dist.group.WORLD, **options)
+    over_ranks.train(params, optimizer)
+    states = [optimizer.state[param] for param in params[: len(over_ranks.MATRICES)]]
+    sizes = [sum(value.numel() for key, value in state.items() if key != "row_second_moment") for state in states]
+    return [param.detach() for param in params], optimizer.full_state_dict(rank0_only=False)["state"], sizes
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "options"),
+    [
+        (3, {"partition": "flat"}),
+        (4, {"partition": "flat", "split_strategy": "owner"}),
+        (2, {"partition": "flat", "split_strategy": "duplicate", "ns_dtype": torch.bfloat16}),
+        (3, {"partition": "matrix"}),
+    ],
+    ids=["flat", "owner", "duplicate in bf16", "matrix"],
+)
+@pytest.mark.parametrize("variant", ["normuon", "adamuon"])
+def test_variants_over_ranks_are_those_of_one_process(variant: Any, options: dict[str, Any], num_ranks: int) -> None:
+    """NorMuon bit for bit, state included; AdaMuon to the rounding of sums over ranks, largest seen 3e-7 relative."""
+    options = {"ns_dtype": torch.float32, **options, "variant": variant, "variant_beta": 0.9, "cautious_wd": True}
+    alone = {key: value for key, value in options.items() if key not in ("partition", "split_strategy")}
+    expected, optimizer = over_ranks.one_process(**alone)
+    start = over_ranks.values()
+    state = optimizer.full_state_dict()["state"]
+    results = run_ranks(_variant_on_ranks, num_ranks, options)
+    for found, found_state, _ in results:
+        assert_close(found, results[0][0], rtol=0, atol=0)
+        for ours, theirs, zero in zip(found, expected, start, strict=True):
+            if variant == "normuon":
+                assert torch.equal(ours, theirs)
+            else:
+                assert (ours - theirs).norm() <= 1e-6 * (theirs - zero).norm()
+        tolerance = 0 if variant == "normuon" else 1e-6
+        assert_close(found_state, state, rtol=tolerance, atol=0)
+    if options["partition"] == "flat":  # second moments of elements are dealt out as momentum is
+        held = [sum(sizes) for *_, sizes in results]
+        assert max(held) - min(held) < 2 * num_ranks

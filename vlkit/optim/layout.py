@@ -207,7 +207,9 @@ class Piece:
         """A share of a unit that other ranks hold too, 1-D."""
         at, local = slice(place.at, place.at + size), slice(place.local, place.local + size)
         momentum = self.state["momentum_buffer"]
-        return Block(self.weight.view(-1)[at], self.grad.view(-1)[local], momentum.view(-1)[local])
+        elements = self.state.get(STATE_KEY["adamuon"])
+        second_moment = None if elements is None else elements.view(-1)[local]
+        return Block(self.weight.view(-1)[at], self.grad.view(-1)[local], momentum.view(-1)[local], second_moment)
 
     def write_back(self) -> None:
         """Where the parameter is not in row-major order."""
@@ -233,8 +235,10 @@ def lay_out(
     """
     sharded = [member for member in members if is_dtensor(member.parameter)]
     varied = next((member for member in members if member.group["variant"] != "none"), None)
-    if varied is not None and (sharded or process_group is not None):
-        raise ConfigError(f"{varied.name}: variant={varied.group['variant']!r} runs in one process only")
+    if varied is not None and sharded:
+        raise ConfigError(
+            f"{varied.name}: variant={varied.group['variant']!r} runs in one process or with process_group, not on DTensors"
+        )
     if process_group is not None:
         if sharded:
             raise ConfigError(

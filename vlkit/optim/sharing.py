@@ -19,6 +19,7 @@ from torch import Tensor
 from vlkit.optim.exchange import Carrier, gather, give_back
 from vlkit.optim.layout import Layout, Piece
 from vlkit.optim.partition import Split
+from vlkit.optim.row_sharing import RowSharing
 from vlkit.optim.update import Block, batches, newton_schulz_of, orthogonalize_units, update_momentum, update_weights
 
 
@@ -28,9 +29,13 @@ class _Shared:
 
     split: Split
     rank: int
-    group: dict[str, Any]
+    piece: Piece
     share: Block | None
     direction: Tensor | None = None
+
+    @property
+    def group(self) -> dict[str, Any]:
+        return self.piece.group
 
 
 class Sharing:
@@ -43,6 +48,7 @@ class Sharing:
     """
 
     def __init__(self, groups: Sequence[tuple[dict[str, Any], list[Piece]]], layout: Layout, factor: float) -> None:
+        self._rows = RowSharing([piece for _, pieces in groups for piece in pieces], layout)
         self._exchanges: list[tuple[list[_Shared], Carrier, Callable[[], dict[int, Tensor]]]] = []
         by_carrier: dict[Carrier, list[_Shared]] = {}
         for piece in (piece for _, pieces in groups for piece in pieces):
@@ -53,7 +59,7 @@ class Sharing:
                     group, dist.get_rank(group), newton_schulz_of(piece.group).compute_dtype(device), device
                 )
                 share = None if place is None else piece.share(place, size)
-                by_carrier.setdefault(carrier, []).append(_Shared(split, carrier.rank, piece.group, share))
+                by_carrier.setdefault(carrier, []).append(_Shared(split, carrier.rank, piece, share))
         for carrier, items in by_carrier.items():
             _directions(items, carrier.dtype, factor)
             wait = gather([item.split for item in items], [item.direction for item in items], carrier)
@@ -64,10 +70,14 @@ class Sharing:
         returned = []
         for items, carrier, wait in self._exchanges:
             results = _orthogonalized(wait(), items)
+            for index, result in results.items():
+                self._rows.worked_on(items[index].piece, items[index].split, result)
             returned.append((items, give_back([item.split for item in items], results, carrier)))
-        for items, wait in returned:
-            for index, update in wait().items():
-                _update(items[index], update)
+        updates = [(items[index], update) for items, wait in returned for index, update in wait().items()]
+        updates = [(item, self._rows.before(item.piece, item.split, item.share, update)) for item, update in updates]
+        self._rows.reduce()
+        for item, update in updates:
+            _update(item, self._rows.after(item.piece, item.split, update))
 
 
 def _directions(items: Sequence[_Shared], dtype: torch.dtype, factor: float) -> None:
