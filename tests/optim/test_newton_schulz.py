@@ -79,10 +79,10 @@ def test_generator_gives_the_tables_of_the_papers() -> None:
 def test_presets_for_schatten8_are_as_published_here() -> None:
     """The numbers that the figures in docs/optim.md were measured with."""
     assert resolve_polynomial("ps4").rows[3] == pytest.approx(
-        (2.232827939884651, -1.6073565034285653, 0.4121802893226325), abs=1e-12
+        (2.2699256415391247, -1.6411963542199395, 0.4158177116189476), abs=1e-12
     )
     assert resolve_polynomial("ps5").rows[4] == pytest.approx(
-        (2.0294311453337484, -1.4126070033190308, 0.39159653462218436), abs=1e-12
+        (2.060733898134092, -1.4437727932323854, 0.39484517267021635), abs=1e-12
     )
 
 
@@ -117,7 +117,7 @@ def test_coefficients_without_safety_are_refused_in_bf16(preset: str) -> None:
         ({"norm": "spectral"}, "schatten8"),
         ({"form": "fast"}, "gram"),
         ({"dtype": torch.float16}, "bfloat16"),
-        ({"form": "gram", "dtype": torch.bfloat16}, "3x3"),
+        ({"form": "gram", "dtype": torch.bfloat16}, "3x3"),  # test_gram_spectra.py has what would happen
     ],
 )
 def test_unknown_options_are_refused_with_what_there_is(options: dict[str, object], words: str) -> None:
@@ -210,12 +210,12 @@ def test_fp64_result_is_the_polynomial_to_rounding(shape: tuple[int, int]) -> No
 
 @pytest.mark.parametrize("preset", BF16_PRESETS)
 def test_bf16_stays_bounded(preset: str) -> None:
-    """1.38 is the largest seen. A Gram form that restarts once, after step 2, reaches 2."""
+    """1.24 is the largest seen; in exact arithmetic 1.20. The Gram form is in test_gram_spectra.py."""
     for kind in ("gaussian", "1/i", "spike", "rank 16 and noise", "a quarter ones"):
         for shape in ((256, 256), (640, 256), (64, 200)):
             matrix = random_matrix(kind, *shape).float()
             result = orthogonalize(matrix, ns=preset, norm=norm_for(preset), dtype=torch.bfloat16)
-            assert torch.linalg.matrix_norm(result, 2) < 1.45, (kind, shape)
+            assert torch.linalg.matrix_norm(result, 2) < 1.3, (kind, shape)
 
 
 @pytest.mark.parametrize("preset", BF16_PRESETS)
@@ -292,8 +292,16 @@ def test_gram_form_is_chosen_where_it_is_less_work() -> None:
     auto = NewtonSchulz.make(dtype=torch.bfloat16)
     assert auto.uses_gram(256, 384, torch.bfloat16)
     assert not auto.uses_gram(256, 383, torch.bfloat16)
-    assert auto.uses_gram(192, 64, torch.bfloat16)
-    assert not auto.uses_gram(191, 64, torch.bfloat16)
+    assert auto.uses_gram(2560, 256, torch.bfloat16)
+    assert not auto.uses_gram(2560, 255, torch.bfloat16)
+
+
+def test_steep_coefficients_written_out_take_single_steps() -> None:
+    """A long list like Polar Express's own is not known to survive two steps in bf16 without a new R."""
+    keller = (3.4445, -4.7750, 2.0315)
+    assert resolve_polynomial([keller], 5).stages(gram=True) == [(0, 2), (2, 4), (4, 5)]
+    assert resolve_polynomial([keller], 5).stages(gram=False) == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
+    assert resolve_polynomial(polar_coefficients(1e-3, 3)).stages(gram=True) == [(0, 1), (1, 2), (2, 3)]
 
 
 def test_polynomial_is_a_composition() -> None:

@@ -4,8 +4,9 @@
                  -> x <- a x + b x^3 + c x^5 on every singular value, a few times, with coefficients that drive x to 1
                  -> close to P Q^T
 
-Two forms compute the same polynomials. The standard form multiplies the n x m matrix at every step; the Gram form works
-on the n x n matrix U U^T and touches the long side only at the ends, which is less work as soon as m >= 1.5 n.
+A step is x <- P x with P = a I + b R + c R^2 and R = x x^T. Two forms compute the same polynomials. The standard form
+multiplies the n x m matrix at every step. The Gram form takes several steps on the n x n matrices alone, R <- P R P and
+Q <- Q P, before x <- Q x; that is less work as soon as m >= 1.5 n.
 
 Source: Muon, Keller Jordan's repository (the quintic iteration and its first coefficients); Polar Express,
 arXiv:2505.16932 (coefficients that are optimal step by step); Gram Newton-Schulz, Dao-AILab (the Gram form and its
@@ -37,10 +38,9 @@ LARGEST_RESULT = 1.35
 
 EPS = 1e-30  # only keeps 0 / 0 away; 1e-7 would leave gradients smaller than that un-orthogonalised
 
-# Long side / short side from which the Gram form is less work. Below 1.5 it would also diverge in bf16.
-GRAM_ASPECT = 1.5
-GRAM_ASPECT_BATCHED = 3.0  # for batches of small matrices, which gain nothing from symmetry
-BATCHED_BELOW = 256  # short sides below this run as one batched product, larger ones one by one
+GRAM_ASPECT = 1.5  # long side / short side from which the Gram form is less work, and safe in bf16
+# Short sides below this run as one batched product, larger ones one by one; and the Gram form is not safe in bf16 there.
+BATCHED_BELOW = 256
 BATCH_BYTES = 2**20  # of one batched product, so that it stays in the caches; more is no faster, less is slower
 
 
@@ -118,19 +118,22 @@ class Polynomial:
     Attributes:
         rows: (a, b, c) of each step.
         safety: The matrix is divided by this times its norm, so the first value lies in (0, 1 / safety].
-        restarts: Steps before which the Gram form computes x anew; None is 1, 3, 5, ..., which is safe for every table
-            here.
+        restarts: Steps before which the Gram form computes x anew; None is 2, 4, 6, ...
+
+    R is rounded where x is made anew and no longer fits x then, by a relative error in its small eigenvalues that steps up to
+    the next restart amplify. How much of that a table takes, depends on how close to its edges the singular values come
+    on the way; so restarts were chosen by trying 250 spectra on all of them.
     """
 
     rows: tuple[Triple, ...]
     safety: float = 1.0
     restarts: tuple[int, ...] | None = None
 
-    @property
-    def stages(self) -> list[tuple[int, int]]:
-        """First step and end of each stage of the Gram form."""
-        inner = range(1, len(self.rows), 2) if self.restarts is None else self.restarts
-        return list(itertools.pairwise([0, *(step for step in inner if step < len(self.rows)), len(self.rows)]))
+    def stages(self, gram: bool) -> list[tuple[int, int]]:
+        """First step and end of what is done between two updates of x: single steps in the standard form."""
+        steps = len(self.rows)
+        inner: Sequence[int] = range(2, steps, 2) if self.restarts is None else self.restarts
+        return list(itertools.pairwise([0, *(s for s in (inner if gram else range(1, steps)) if s < steps), steps]))
 
     def __call__(self, x: Tensor) -> Tensor:
         """The value for singular values x, which are already divided by norm and safety."""
@@ -184,11 +187,14 @@ PRESETS: dict[str, tuple[int, Callable[[int], Polynomial]]] = {
     # You Jiacheng's row per step.
     "quintic": (5, lambda steps: Polynomial(_repeat_last(_QUINTIC, steps))),
     # The default: closest to the polar factor for five steps, and safe in bf16.
-    "polar_express": (5, lambda steps: Polynomial(polar_coefficients(1e-3, steps), safety=1.02)),
-    # The two below expect norm="schatten8", which starts the singular values closer to 1.
-    "ps5": (5, lambda steps: Polynomial(polar_coefficients(2e-3, steps), safety=1.02)),
-    # The first two polynomials of ps4 leave enough room for one restart to suffice: the least work of all.
-    "ps4": (4, lambda steps: Polynomial(polar_coefficients(5e-3, steps), safety=1.02, restarts=(2, 4, 5, 7, 9))),
+    "polar_express": (
+        5,
+        lambda steps: Polynomial(polar_coefficients(1e-3, steps), safety=1.02, restarts=(2, 3, 5, 7, 9)),
+    ),
+    # The two below expect norm="schatten8", which starts the singular values closer to 1. Their larger safety factor
+    # is for the Gram form: it makes one restart enough for ps4, the least work of all.
+    "ps5": (5, lambda steps: Polynomial(polar_coefficients(2e-3, steps, safety=1.04), 1.02, (2, 3, 5, 7, 9))),
+    "ps4": (4, lambda steps: Polynomial(polar_coefficients(5e-3, steps, safety=1.04), 1.02, (2, 4, 5, 7, 9))),
     # Without safety factors: fp32 only.
     "polar_express_raw": (5, lambda steps: Polynomial(polar_coefficients(1e-3, steps, 0.02407327424182761, 1.0))),
     "cans": (5, lambda steps: Polynomial(polar_coefficients(1e-3, steps, 0.0, 1.0))),
@@ -221,7 +227,10 @@ def resolve_polynomial(ns: str | Triple | Sequence[Triple], steps: int | None = 
         )
     triples = [(float(row[0]), float(row[1]), float(row[2])) for row in rows]  # type: ignore[index]
     default = 5 if len(triples) == 1 else len(triples)
-    return Polynomial(_repeat_last(triples, default if steps is None else steps))
+    chosen = _repeat_last(triples, default if steps is None else steps)
+    # Of a table as steep as Polar Express nothing is known; it takes single steps.
+    steep = any(a > 5 for a, _, _ in chosen)
+    return Polynomial(chosen, restarts=tuple(range(1, len(chosen))) if steep else None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -287,14 +296,14 @@ class NewtonSchulz:
             ConfigError: It was asked for by name where bf16 would make it diverge.
         """
         short, long = sorted((rows, cols))
-        if self.form == "gram" and long < GRAM_ASPECT * short and dtype == torch.bfloat16:
+        suits = short >= BATCHED_BELOW and long >= GRAM_ASPECT * short
+        if self.form == "gram" and not suits and dtype == torch.bfloat16:
             raise ConfigError(
-                f"form='gram' diverges in bf16 on near-square matrices ({rows}x{cols}); "
+                f"form='gram' can diverge in bf16 on small or near-square matrices ({rows}x{cols}): it needs at least "
+                f"{BATCHED_BELOW} rows and {GRAM_ASPECT} times as many columns, or the other way round; "
                 f"use form='auto' or dtype=torch.float32"
             )
-        if self.form == "auto":
-            return long >= (GRAM_ASPECT_BATCHED if short < BATCHED_BELOW else GRAM_ASPECT) * short
-        return self.form == "gram"
+        return suits if self.form == "auto" else self.form == "gram"
 
     def __call__(self, x: Float[Tensor, "*batch rows cols"]) -> Float[Tensor, "*batch rows cols"]:
         """The orthogonalised matrices, in the number format of the products."""
@@ -331,7 +340,7 @@ class NewtonSchulz:
         """Products on [rows, cols] or [batch, rows, cols] with rows <= cols, contiguous."""
         scale = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=x.ndim == 3, dtype=torch.float64)
         x = _divide(x, scale * self.polynomial.safety + EPS)
-        return (_gram_form if gram else _standard_form)(x, self.polynomial, self.norm == "schatten8")
+        return _iterate(x, self.polynomial, gram, self.norm == "schatten8")
 
 
 def orthogonalize(
@@ -370,61 +379,42 @@ def orthogonalize(
         return NewtonSchulz.make(ns, steps, norm, dtype, form)(x).to(x.dtype)
 
 
-def _standard_form(x: Tensor, polynomial: Polynomial, schatten: bool) -> Tensor:
-    for step, (a, b, c) in enumerate(polynomial.rows):
+def _iterate(x: Tensor, polynomial: Polynomial, gram: bool, schatten: bool) -> Tensor:
+    """All steps on [rows, cols] or [batch, rows, cols] whose singular values are at most 1."""
+    for start, stop in polynomial.stages(gram):
         r = _symmetric(x, x.mT)
-        if step == 0 and schatten:
-            x, _, z = _schatten_start(x, r, b, c)
-        else:
-            z = _symmetric(r, r, add=r, beta=b, alpha=c)
-        x = _addmm(x, z, x, beta=a)
-    return x
-
-
-def _gram_form(x: Tensor, polynomial: Polynomial, schatten: bool) -> Tensor:
-    """Stages of steps on R = x x^T; a stage collects its steps in a matrix Q, and ends with x <- Q x.
-
-    In bf16 R drifts away from what x x^T would be, and the iteration diverges after more than a few steps. So x is
-    brought up to date after the first and then after every second step.
-    """
-    first = True
-    for start, stop in polynomial.stages:
-        r = _symmetric(x, x.mT)
-        q = None
+        q, g2 = None, None
         for step in range(start, stop):
             a, b, c = polynomial.rows[step]
-            if first and schatten:
-                x, square_of_norm, z = _schatten_start(x, r, b, c)
-                r = _divide(r, square_of_norm)
+            if step == 0 and schatten:
+                p, g2 = _schatten_start(r, a, b, c)
             else:
-                z = _symmetric(r, r, add=r, beta=b, alpha=c)
-            first = False
-            if step < stop - 1:  # R <- (a I + Z) R (a I + Z); the last step of a stage needs no R
-                w = _symmetric(r, z, add=r, beta=a)
-                r = _symmetric(z, w, add=w, beta=a)
-            if q is None:
-                q = z
-                q.diagonal(dim1=-2, dim2=-1).add_(a)
-            else:
-                q = _symmetric(q, z, add=q, beta=a)
+                p = _symmetric(r, r, add=r, beta=b, alpha=c)
+                p.diagonal(dim1=-2, dim2=-1).add_(a)
+            if step < stop - 1:
+                r = _symmetric(p, _symmetric(r, p))
+                r = r if g2 is None or step else _divide(r, g2)
+            q = p if q is None else _symmetric(q, p)
         assert q is not None
-        x = q @ x
+        x = (q if g2 is None else _divide(q, g2.sqrt())) @ x
     return x
 
 
-def _schatten_start(x: Tensor, r: Tensor, b: float, c: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x / g, g^2 and Z = b R + c R^2 of x / g, where g is 1.02 times the Schatten-8 norm of x, from R = x x^T.
+def _schatten_start(r: Tensor, a: float, b: float, c: float) -> tuple[Tensor, Tensor]:
+    """P of the first step and g^2, where g is 1.02 times the Schatten-8 norm of x, and R = x x^T.
 
-    The Schatten-8 norm, (sum of s^8)^(1/8) = ||R^2||_F^(1/4), bounds the largest singular value s.
-    Z is put together in separate operations of fp32: a fused one rounds the last elements of a row of vector registers
+    The Schatten-8 norm, (sum of s^8)^(1/8) = ||R^2||_F^(1/4), bounds the largest singular value s. P = a I + b R + c R^2 is
+    that of x / g; x and R stay as they are, since rounding them again would cost more precision than all else.
+    P is put together in separate operations of fp32: a fused one rounds the last elements of a row of vector registers
     differently in bf16, so that a result would depend on its place in the batch.
     """
     square = _symmetric(r, r)
-    norm = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=x.ndim == 3, dtype=torch.float64)
+    norm = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=r.ndim == 3, dtype=torch.float64)
     g2 = OVERSHOOT**2 * norm.clamp_min(EPS).sqrt()
     wide = torch.promote_types(r.dtype, torch.float32)
-    z = r.to(wide) * (b / g2).to(wide) + square.to(wide) * (c / g2**2).to(wide)
-    return _divide(x, g2.sqrt()), g2, z.to(r.dtype)
+    p = r.to(wide).mul((b / g2).to(wide)).add_(square.to(wide).mul_((c / g2**2).to(wide)))
+    p.diagonal(dim1=-2, dim2=-1).add_(a)
+    return p.to(r.dtype), g2
 
 
 def _divide(x: Tensor, scale: Tensor) -> Tensor:
@@ -445,7 +435,7 @@ def _symmetric(a: Tensor, b: Tensor, *, add: Tensor | None = None, beta: float =
     four panels.
     """
     size = a.shape[-2]
-    panels = 1 if a.ndim == 3 or a.device.type != "cpu" else 4 if size >= 768 else 2 if size >= 256 else 1
+    panels = 1 if a.ndim == 3 or a.device.type != "cpu" else 4 if size >= 512 else 2 if size >= 256 else 1
     if panels == 1:
         return torch.matmul(a, b) if add is None else _addmm(add, a, b, beta=beta, alpha=alpha)
     out = a.new_empty(size, size)
