@@ -18,18 +18,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlkit.errors import CheckpointError, ConfigError, CorruptCheckpointError, NonFiniteError, RankError
 from vlkit.layers.moe import Router
 from vlkit.models import VisionLanguageModel
 from vlkit.models.factory import compose, create_model, create_processor
-from vlkit.models.pretrained import from_pretrained
+from vlkit.models.pretrained import from_pretrained, read_config
 from vlkit.objectives.cross_entropy import IGNORE
 from vlkit.optim import Muon, freeze, muon_param_groups, warmup_decay
 from vlkit.packing import Batch, Layout, Packed
@@ -155,11 +156,10 @@ class _Run:
         self.total = config.steps or max(1, round((config.epochs or 0) * len(data) / config.batch + 0.499999))
         self.heartbeat.now("building the model")
         with ranks.together():
-            torch.manual_seed(config.seed)
-            self.model, processor = build_model(config)
-            freeze_parts(self.model, config)
-        self.start_fingerprint(data, processor)
-        self.forward_model = prepare_model(self.model, config, ranks)
+            shapes, processor = describe_model(config)
+            self.fingerprint = fingerprint(config, shapes, processor, data)
+        ranks.check_equal({"config": config.to_dict(), **self.fingerprint}, "the ranks do not run the same")
+        self.model = build_model(config, shapes, ranks)
         self.optimizer = make_optimizer(self.model, config, ranks)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.biases = [m.bias for m in self.model.modules() if isinstance(m, Router) and m.bias is not None]
@@ -196,26 +196,6 @@ class _Run:
         return self.result(loss, model=model)
 
     # The parts
-
-    def start_fingerprint(self, data: Conversations, processor: Processor) -> None:
-        """What has to be the same on all ranks, and when the run is resumed."""
-        config, model = self.config, self.model
-        self.fingerprint: dict[str, Any] = {
-            "model": model.config.to_dict(),
-            "parameters": [
-                [name, list(p.shape), str(p.dtype).removeprefix("torch."), "trained" if p.requires_grad else "frozen"]
-                for name, p in model.named_parameters()
-            ],
-            "processor": processor.config.to_dict(),
-            "data": data.fingerprint(),
-            "seed": config.seed,
-            "shuffle": config.data.shuffle,
-        }
-        weights = [float(p.detach().double().sum()) for p in model.parameters()]
-        self.ranks.check_equal(
-            {"config": config.to_dict(), **self.fingerprint, "sums of weights": [repr(w) for w in weights]},
-            "the ranks do not run the same",
-        )
 
     def reader(self, data: Conversations, processor: Processor) -> StepReader:
         config = self.config
@@ -298,7 +278,7 @@ class _Run:
             real = place < len(share.micro_batches)
             batch = share.micro_batches[place] if real else blank_batch(self.model)
             with autocast(self.config, device, self.model.parts_are_sharded):
-                out = self.forward_model(batch.to(device))
+                out = self.model(batch.to(device))
             weighted = out.loss * (out.num_targets / max(num_targets, 1))
             (weighted * self.ranks.size).backward()
             loss = loss + weighted.detach().double()
@@ -408,7 +388,7 @@ class _Run:
         state = run_checkpoint.read_state(path)
         saved = state["fingerprint"]
         for key in FIXED:
-            if difference := first_difference(saved.get(key), json.loads(json.dumps(self.fingerprint[key])), key):
+            if difference := first_difference(saved.get(key), self.fingerprint[key], key):
                 raise ConfigError(
                     f"{path}: the run cannot go on with this config: {difference}. Give the new run another folder with `run`"
                 )
@@ -444,23 +424,23 @@ class _Run:
 # Parts that stand alone
 
 
-def build_model(config: TrainConfig) -> tuple[VisionLanguageModel, Processor]:
-    """The model with weights on the host, and its processor. Without a folder the weights come from torch's random state.
+def describe_model(config: TrainConfig) -> tuple[VisionLanguageModel, Processor]:
+    """The model on meta, frozen where it is to be, and its processor.
 
     Raises:
-        ConfigError: Parts that do not fit, or a model without a processor.
+        ConfigError: Parts that do not fit, a model without a processor, or nothing to train.
     """
     source, dtype = config.model, getattr(torch, config.dtype)
     if source.folder is not None:
-        model = from_pretrained(source.folder, dtype=dtype, mapped=False)
-        return model, Processor.from_pretrained(source.processor or source.folder)
-    if source.name is not None:
-        model = create_model(source.name, dtype=dtype, device="cpu", **(source.overrides or {}))
+        model = create_model(read_config(Path(source.folder)), dtype=dtype, device="meta")
+    elif source.name is not None:
+        model = create_model(source.name, dtype=dtype, device="meta", **(source.overrides or {}))
     else:
         chosen = {part: _part(part, getattr(source, part)) for part in PARTS if getattr(source, part) is not None}
-        model = compose(**chosen, dtype=dtype, device="cpu")
-    if source.processor is not None:
-        return model, Processor.from_pretrained(source.processor)
+        model = compose(**chosen, dtype=dtype, device="meta")
+    freeze_parts(model, config)
+    if source.processor is not None or source.folder is not None:
+        return model, Processor.from_pretrained(source.processor or source.folder or "")
     return model, create_processor(source.name if source.name and not source.overrides else model)
 
 
@@ -489,17 +469,60 @@ def freeze_parts(model: VisionLanguageModel, config: TrainConfig) -> None:
         raise ConfigError("OptimizerOptions.freeze: all parts are frozen, nothing is left to train")
 
 
-def prepare_model(model: VisionLanguageModel, config: TrainConfig, ranks: Ranks) -> nn.Module:
-    """The model on its device, sharded as the config says. Returns what the forward calls."""
+def fingerprint(
+    config: TrainConfig, model: VisionLanguageModel, processor: Processor, data: Conversations
+) -> dict[str, Any]:
+    """What has to be the same on all ranks, and when the run is resumed; as JSON."""
+    parameters = [
+        [name, list(p.shape), str(p.dtype).removeprefix("torch."), "trained" if p.requires_grad else "frozen"]
+        for name, p in model.named_parameters()
+    ]
+    values = {
+        "model": model.config.to_dict(),
+        "parameters": parameters,
+        "processor": processor.config.to_dict(),
+        "data": data.fingerprint(),
+        "seed": config.seed,
+        "shuffle": config.data.shuffle,
+    }
+    found: dict[str, Any] = json.loads(json.dumps(values))
+    return found
+
+
+def build_model(config: TrainConfig, shapes: VisionLanguageModel, ranks: Ranks) -> VisionLanguageModel:
+    """Collective. The model with weights on this rank's device: all of them, or the rank's share.
+
+    Without a folder the weights are drawn from the config's seed, the same for any number of ranks.
+
+    Raises:
+        CheckpointError: The folder cannot be read.
+        RankError: Ranks have other weights.
+    """
+    dtype, folder = getattr(torch, config.dtype), config.model.folder
+    torch.manual_seed(config.seed)
+    if config.ranks.sharding == "fsdp" and ranks.group is not None:
+        from vlkit.training.sharding import load_sharded, make_mesh
+
+        model = load_sharded(
+            folder or shapes.config,
+            make_mesh(replicate=config.ranks.replicate, expert_parallel=config.ranks.expert_parallel),
+            dtype=dtype,
+            param_dtype=None if config.compute_dtype is None else getattr(torch, config.compute_dtype),
+            prepare=partial(freeze_parts, config=config),
+        )
+        model.published_dtypes = {}  # what was trained is saved in the dtype that it was trained in
+    else:
+        with ranks.together():
+            if folder is not None:
+                model = from_pretrained(folder, dtype=dtype, mapped=False)
+            else:
+                model = create_model(shapes.config, dtype=dtype, device="cpu")
+            freeze_parts(model, config)
+        sums = [repr(float(p.detach().double().sum())) for p in model.parameters()]
+        ranks.check_equal({"sums of weights": sums}, "the ranks do not begin with the same weights")
+        model.to(ranks.device)
     if config.activation_checkpointing != "none":
         checkpoint_blocks(model, every="selective" if config.activation_checkpointing == "selective" else 1)
-    model.to(ranks.device)
-    if config.ranks.sharding == "fsdp" and ranks.group is not None:
-        from vlkit.training.sharding import make_mesh, shard_model
-
-        mesh = make_mesh(replicate=config.ranks.replicate, expert_parallel=config.ranks.expert_parallel)
-        compute = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
-        shard_model(model, mesh, param_dtype=compute)
     return model
 
 
@@ -578,10 +601,15 @@ def _random_states_kept() -> Iterator[None]:
 
 
 def save_model(model: VisionLanguageModel, processor: Processor, folder: Path, ranks: Ranks) -> Path:
-    """Write the trained model in its Hub layout, with its processor: `vlkit generate` takes the folder."""
+    """Collective. Write the trained model in its Hub layout, with its processor: `vlkit generate` takes the folder."""
+    if model.parts_are_sharded:
+        from vlkit.training.gathering import save_sharded
+
+        save_sharded(model, folder)
     with ranks.together():
         if ranks.first:
-            model.save_pretrained(folder)
+            if not model.parts_are_sharded:
+                model.save_pretrained(folder)
             processor.save_pretrained(folder)
     return folder
 

@@ -27,14 +27,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlkit.errors import CheckpointError, CorruptCheckpointError, DiskFullError
-from vlkit.hub.atomic import NO_SPACE, sync_folder
+from vlkit.hub.atomic import NO_SPACE, check_space, sync_folder
 from vlkit.hub.strict_json import read_json
 from vlkit.optim import Muon
-from vlkit.optim.agree import broadcast_json, raise_together, rank_in
+from vlkit.optim.agree import broadcast_json, gather_json, raise_together, rank_in
+from vlkit.optim.parts import Part, is_dtensor, pieces_of
 from vlkit.training.sharded_files import load_shards, save_shards
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "LATEST"
 SMALL = 2**20  # bytes up to which the manifest has a file's SHA-256; shards have checksums of their own
+SPARE = 2**16  # bytes for the small files
 VERSION = 1
 _PUBLISHED = re.compile(r"step-(\d{8,})")
 _HIDDEN = re.compile(r"\..*\.partial")
@@ -70,6 +72,8 @@ def save_checkpoint(
     """
     first = rank_in(group) == 0
     target = folder / checkpoint_name(step)
+    tensors = {"optimizer": optimizer.sharded_state_dict(), "model": model_tensors(model)}
+    needed = sum(gather_json(_num_bytes(tensors, first), group)) + SPARE
     name = broadcast_json(f".{target.name}.{secrets.token_hex(4)}.partial", group)
     partial = folder / name
     try:
@@ -77,11 +81,12 @@ def save_checkpoint(
             if first:
                 folder.mkdir(parents=True, exist_ok=True)
                 remove_orphans(folder)
+                check_space(folder, needed, f"{target.name} in {folder}")
                 if target.exists():
                     raise CheckpointError(f"{target} exists already, and what is published is never written to again")
                 partial.mkdir()
-        save_shards(partial / "optimizer", optimizer.sharded_state_dict(), group)
-        save_shards(partial / "model", model_tensors(model), group)
+        for part, held in tensors.items():
+            save_shards(partial / part, held, group)
         with _together(folder, group):
             if first:
                 _write(partial / STATE, dict(state))
@@ -89,9 +94,11 @@ def save_checkpoint(
                 sync_folder(partial)
                 os.rename(partial, target)
                 sync_folder(folder)
-    except BaseException:
+    except BaseException as error:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, DiskFullError) and str(needed) not in str(error):
+            raise DiskFullError(f"{error}; {target.name} needs {needed} bytes, nothing of it is left") from error
         raise
     if first:
         # It is saved. What follows is tidying, and no reason to stop.
@@ -198,6 +205,16 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return parameters | {name: value for name, value in model.state_dict().items() if name not in again}
 
 
+def _num_bytes(tensors: Mapping[str, Mapping[str, Tensor | Part]], first: bool) -> int:
+    """What a rank is going to write, about: of plain tensors, which all ranks have, the first counts all."""
+    held = (each for part in tensors.values() for each in part.values())
+    return sum(view.nbytes for each in held if first or not _is_plain(each) for _, view in pieces_of(each))
+
+
+def _is_plain(tensor: Tensor | Part) -> bool:
+    return isinstance(tensor, Tensor) and not is_dtensor(tensor)
+
+
 @contextlib.contextmanager
 def _together(folder: Path, group: dist.ProcessGroup | None) -> Iterator[None]:
     failure: Exception | None = None
@@ -212,10 +229,7 @@ def _together(folder: Path, group: dist.ProcessGroup | None) -> Iterator[None]:
 
 def _explained(error: OSError, folder: Path) -> CheckpointError:
     if error.errno in NO_SPACE:
-        free = shutil.disk_usage(folder).free if folder.exists() else 0
-        return DiskFullError(
-            f"{folder}: no space left while saving, {free} bytes are free; the older checkpoints are whole"
-        )
+        return DiskFullError(f"{folder}: no space left while saving; the older checkpoints are whole")
     named = f" ({error.filename})" if error.filename else ""
     return CheckpointError(f"{folder}: cannot be written: {error.strerror or error}{named}")
 
