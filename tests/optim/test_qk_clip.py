@@ -341,3 +341,40 @@ def test_sharded_parameters_are_clipped_like_whole_ones(kind: str, dim: int) -> 
     expected = [parameter.detach() for parameter in module.parameters()]
     for result in run_ranks(_clip_shards, 3, kind, dim):
         assert_close(result, expected, rtol=1e-6, atol=0)
+
+
+def _clip_sharded_model(rank: int, name: str) -> list[Tensor]:
+    """A model under FSDP2, each block by itself; every rank has samples of its own."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = vlkit.create_model(name)
+    mesh = init_device_mesh("cpu", (2,))
+    for block in (*model.vision.blocks, *model.llm.blocks, model):
+        fully_shard(block, mesh=mesh)
+    with record_max_logits(model) as found:
+        model(random_batch(model, seed=rank)).loss.backward()
+    reduce_max_logits_(found)
+    qk_clip_(model, _clippable(model, found), tau=1e-3)
+    return [parameter.full_tensor().detach() for parameter in model.parameters()]
+
+
+def _clippable(model: nn.Module, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: logits for name, logits in found.items() if not model.get_submodule(name).normalizes_heads}
+
+
+@pytest.mark.parametrize("name", ["kimi-vl-tiny", "qwen2-vl-tiny", "qwen3-vl-tiny"])
+def test_a_model_under_fsdp_is_clipped_like_one_process(name: str) -> None:
+    """Latent attention, grouped queries with biases, and a decoder whose normed heads are left out."""
+    torch.manual_seed(0)
+    model = vlkit.create_model(name)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with record_max_logits(model) as found:
+        for rank in range(2):
+            model(random_batch(model, seed=rank))
+    qk_clip_(model, _clippable(model, found), tau=1e-3)
+    expected = [parameter.detach() for parameter in model.parameters()]
+    assert sum(not torch.equal(a, b) for a, b in zip(before, expected, strict=True)) >= 4
+    for result in run_ranks(_clip_sharded_model, 2, name):
+        assert_close(result, expected, rtol=1e-5, atol=1e-7)
