@@ -35,9 +35,9 @@ def whole() -> dict[str, Tensor]:
     }
 
 
-def spread(rank: int, num_ranks: int, tensors: dict[str, Tensor], rotate: int = 0) -> dict[str, Tensor | Part]:
+def spread(rank: int, num_ranks: int, tensors: dict[str, Tensor], rotate: int = 0) -> dict[str, Tensor]:
     """The same tensors in every form that ranks hold them."""
-    out: dict[str, Tensor | Part] = dict(tensors)
+    out: dict[str, Tensor] = dict(tensors)
     numel = tensors["flat"].numel()
     # Runs of unequal length; with rotate, other ranks hold them.
     cuts = [0, *(7 + 29 * i for i in range(num_ranks - 1)), numel]
@@ -51,7 +51,7 @@ def spread(rank: int, num_ranks: int, tensors: dict[str, Tensor], rotate: int = 
     return out
 
 
-def blank(rank: int, num_ranks: int, rotate: int = 0) -> dict[str, Tensor | Part]:
+def blank(rank: int, num_ranks: int, rotate: int = 0) -> dict[str, Tensor]:
     return spread(rank, num_ranks, {name: torch.zeros_like(tensor) for name, tensor in whole().items()}, rotate)
 
 

@@ -80,35 +80,43 @@ def run_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
     return boxes + in_row(last, 0, tail)
 
 
-@dataclass(frozen=True)
-class Part:
-    """Runs of a flattened tensor, one after another in one vector.
+class Part(Tensor):
+    """Runs of a flattened tensor, one after another in one vector; shares memory with what it is made from.
 
-    torch.distributed.checkpoint saves and loads it like a DTensor (checked with torch 2.14).
+    For torch.distributed.checkpoint it is a shard of the flattened tensor: it is a tensor because shards are looked for in
+    tensors only, and its size() is that of the whole because that is compared (torch 2.14). Computing with it gives plain
+    tensors.
 
     Attributes:
-        local: What is held, 1-D.
-        shape: Shape of the whole tensor.
-        runs: (start, stop) of every run, in elements of the flattened tensor.
+        whole: Shape of the whole tensor.
+        runs: (start, stop) of every run, in elements of the flattened whole.
     """
 
-    local: Tensor
-    shape: tuple[int, ...]
+    whole: tuple[int, ...]
     runs: tuple[Range, ...]
 
-    def __post_init__(self) -> None:
-        length = sum(stop - start for start, stop in self.runs)
-        assert self.local.shape == (length,), (
-            f"runs {self.runs} have {length} elements, found {tuple(self.local.shape)}"
-        )
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __new__(cls, local: Tensor, whole: Sequence[int], runs: Sequence[Range]) -> Part:
+        length = sum(stop - start for start, stop in runs)
+        assert local.shape == (length,), f"runs {runs} have {length} elements, found {tuple(local.shape)}"
+        part = local.detach().as_subclass(cls)
+        part.whole, part.runs = tuple(whole), tuple(runs)
+        return part
+
+    def size(self, dim: int | None = None) -> Any:
+        """Of the flattened whole."""
+        numel = math.prod(self.whole)
+        return torch.Size([numel]) if dim is None else numel
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.local.dtype
+    def local(self) -> Tensor:
+        """What is held, 1-D, as a plain tensor."""
+        return self.as_subclass(Tensor)
 
     def pieces(self) -> list[tuple[Box, Tensor]]:
         """Every box with its elements, as views."""
-        boxes = [box for start, stop in self.runs for box in run_boxes(self.shape, start, stop)]
+        boxes = [box for start, stop in self.runs for box in run_boxes(self.whole, start, stop)]
         views = self.local.split([box.numel for box in boxes]) if boxes else ()
         return [(box, view.view(box.sizes)) for box, view in zip(boxes, views, strict=True)]
 
@@ -118,29 +126,42 @@ class Part:
         from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
         from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+        if len(self.runs) > 1:
+            # HuggingFaceStorageWriter would keep the last of them, without a word.
+            raise ValueError(
+                f"{fqn}: this rank holds {len(self.runs)} runs of it, and torch.distributed.checkpoint stores one per rank in "
+                f"safetensors; save with vlkit.training.save_shards, or use partition='flat'"
+            )
+        properties = TensorProperties.create_from_tensor(self.local)
         return [
             WriteItem(
-                index=MetadataIndex(fqn, chunk.offsets, index),
+                index=MetadataIndex(fqn, chunk.offsets),
                 type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=chunk,
-                    properties=TensorProperties.create_from_tensor(self.local),
-                    size=torch.Size(self.shape),
-                ),
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
             )
-            for index, chunk in enumerate(self.__create_chunk_list__())
+            for chunk in self.__create_chunk_list__()
         ]
 
     def __create_chunk_list__(self) -> list[Any]:
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-        return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box, _ in self.pieces()]
+        return [ChunkStorageMetadata(torch.Size([start]), torch.Size([stop - start])) for start, stop in self.runs]
 
     def __get_tensor_shard__(self, index: Any) -> Tensor:
-        return next(view for box, view in self.pieces() if box.offsets == tuple(index.offset))
+        first = 0
+        for start, stop in self.runs:
+            if start == index.offset[0]:
+                return self.local[first : first + stop - start]
+            first += stop - start
+        raise ValueError(f"{index.fqn}: this rank holds {self.runs}, nothing at {tuple(index.offset)}")
 
 
-def pieces_of(tensor: Tensor | Part) -> list[tuple[Box, Tensor]]:
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Of the tensor that all ranks hold together."""
+    return tensor.whole if isinstance(tensor, Part) else tuple(tensor.shape)
+
+
+def pieces_of(tensor: Tensor) -> list[tuple[Box, Tensor]]:
     """What this rank holds of a tensor: boxes, with their elements as views that share memory.
 
     Raises:
@@ -175,7 +196,7 @@ def local_box(tensor: Tensor) -> Box:
     return Box(tuple(offsets), tuple(sizes))
 
 
-def is_first_copy(tensor: Tensor | Part, index: int, rank: int, num_ranks: int) -> bool:
+def is_first_copy(tensor: Tensor, index: int, rank: int, num_ranks: int) -> bool:
     """Whether this rank is the one that stores what it holds: of what several ranks hold alike, one does.
 
     Args:

@@ -70,7 +70,7 @@ class Slot:
     shape: tuple[int, ...]
     held: Sequence[Sequence[Range]] | None = None
 
-    def part(self, rank: int) -> Tensor | Part:
+    def part(self, rank: int) -> Tensor:
         """What this rank holds, in a form that says where it lies."""
         return self.tensor if self.held is None else Part(self.tensor, self.shape, tuple(self.held[rank]))
 
@@ -393,19 +393,21 @@ def _check_layout(own: dict[str, Any], state: State) -> None:
 # Sharded states
 
 
-def sharded_state_dict(optimizer: Muon) -> dict[str, Tensor | Part]:
-    """What this rank holds of every tensor, under one flat name on all ranks: for torch.distributed.checkpoint, and for
-    vlkit.training.save_shards. Values share memory with the state; to load, fill them in place, then call
-    load_sharded_state_dict.
+def sharded_state_dict(optimizer: Muon) -> dict[str, Tensor]:
+    """What this rank holds of every tensor, under one flat name on all ranks. Values share memory with the state; to load,
+    have them filled in place, then call load_sharded_state_dict.
 
-    Tensors are called as torch calls them, "state.<parameter>.<key>". They are plain, DTensors, or Parts, which
-    know their place in the whole, so that any number of ranks, and any partition, reads them. Options that change in
-    training come as tensors in fp64, "param_groups.<index>.<option>".
+    Tensors are called as torch calls them, "state.<parameter>.<key>". They are plain in one process, DTensors where the
+    parameters are, and Parts under ZeRO-1. Options that change in training come as tensors in fp64,
+    "param_groups.<index>.<option>".
+
+    vlkit.training.save_shards and load_shards take all of them, on any number of ranks, and let one form be loaded as any
+    other. torch.distributed.checkpoint, with HuggingFaceStorageWriter(folder, save_distributed=True) and
+    HuggingFaceStorageReader, where nothing is pickled, takes plain tensors and DTensors, on any number of ranks, and Parts of
+    partition="flat", on any number of ranks under ZeRO-1, one rank included.
     """
     rank = rank_in(ranks_of(optimizer))
-    tensors: dict[str, Tensor | Part] = {
-        f"state.{slot.name}.{slot.key}": slot.part(rank) for slot in slots_of(optimizer)
-    }
+    tensors: dict[str, Tensor] = {f"state.{slot.name}.{slot.key}": slot.part(rank) for slot in slots_of(optimizer)}
     for index, group in enumerate(optimizer.param_groups):
         for key in NUMBERS:
             tensors[f"param_groups.{index}.{key}"] = torch.as_tensor(group[key], dtype=torch.float64).cpu().clone()
@@ -415,7 +417,7 @@ def sharded_state_dict(optimizer: Muon) -> dict[str, Tensor | Part]:
 
 
 @torch.no_grad()
-def load_sharded_state_dict(optimizer: Muon, state: Mapping[str, Tensor | Part]) -> None:
+def load_sharded_state_dict(optimizer: Muon, state: Mapping[str, Tensor]) -> None:
     """Collective. Take over a sharded state that was filled in place, and the options that it has.
 
     Raises:
@@ -429,7 +431,7 @@ def load_sharded_state_dict(optimizer: Muon, state: Mapping[str, Tensor | Part])
     raise_together(failure, group)
 
 
-def _take_sharded(optimizer: Muon, state: Mapping[str, Tensor | Part]) -> None:
+def _take_sharded(optimizer: Muon, state: Mapping[str, Tensor]) -> None:
     own = sharded_state_dict(optimizer)
     missing, foreign = [name for name in own if name not in state], [name for name in state if name not in own]
     if missing or foreign:
@@ -455,7 +457,7 @@ def _take_sharded(optimizer: Muon, state: Mapping[str, Tensor | Part]) -> None:
     optimizer.skipped_steps = int(_local(state["header.skipped_steps"]))
 
 
-def _local(tensor: Tensor | Part) -> Tensor:
+def _local(tensor: Tensor) -> Tensor:
     if isinstance(tensor, Part):
         return tensor.local
     return tensor.to_local() if is_dtensor(tensor) else tensor

@@ -28,7 +28,7 @@ from vlkit.hub.atomic import NO_SPACE, check_space
 from vlkit.hub.safetensors_file import MappedFile, read_header, write_safetensors
 from vlkit.hub.strict_json import read_json
 from vlkit.optim.agree import gather_json, num_ranks_in, raise_together, rank_in, world
-from vlkit.optim.parts import Box, Part, checksum, is_first_copy, pieces_of
+from vlkit.optim.parts import Box, checksum, is_first_copy, pieces_of, whole_shape
 
 VERSION = 1
 INDEX = "index.json"
@@ -47,9 +47,7 @@ class _Stored:
     crc32: int
 
 
-def save_shards(
-    folder: Path | str, tensors: Mapping[str, Tensor | Part], group: dist.ProcessGroup | None = None
-) -> None:
+def save_shards(folder: Path | str, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Collective. Write the tensors into a folder, each rank what it holds, and sync it to the disk.
 
     To replace an older save whole or not at all, write into a fresh folder and rename it afterwards.
@@ -110,9 +108,7 @@ def save_shards(
 
 
 @torch.no_grad()
-def load_shards(
-    folder: Path | str, tensors: Mapping[str, Tensor | Part], group: dist.ProcessGroup | None = None
-) -> None:
+def load_shards(folder: Path | str, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Collective. Fill the tensors from a folder that any number of ranks has written; every rank reads what it holds.
 
     Names, dtypes, shapes, completeness and checksums are verified on all ranks before anything is written to a tensor.
@@ -164,8 +160,8 @@ def read_index(folder: Path) -> dict[str, dict[str, Any]]:
     return tensors
 
 
-def _described(tensor: Tensor | Part) -> dict[str, Any]:
-    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+def _described(tensor: Tensor) -> dict[str, Any]:
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(whole_shape(tensor))}
 
 
 def _fingerprint(table: Mapping[str, Any]) -> int:
@@ -205,7 +201,7 @@ def _together(work: Callable[[], Result], folder: Path, group: dist.ProcessGroup
     return result
 
 
-def _check_names(folder: Path, index: Mapping[str, Any], tensors: Mapping[str, Tensor | Part]) -> None:
+def _check_names(folder: Path, index: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     missing = [name for name in tensors if name not in index]
     foreign = [name for name in index if name not in tensors]
     if missing or foreign:
