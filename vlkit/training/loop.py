@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -35,8 +36,9 @@ from vlkit.objectives.cross_entropy import IGNORE
 from vlkit.optim import Muon, freeze, muon_param_groups, warmup_decay
 from vlkit.packing import Batch, Layout, Packed
 from vlkit.processing import Processor
+from vlkit.registry import component
 from vlkit.training import run_checkpoint
-from vlkit.training.config import PARTS, TrainConfig
+from vlkit.training.config import ModelSource, TrainConfig
 from vlkit.training.data import Conversations, StepReader, StepShare
 from vlkit.training.experts import balance_experts
 from vlkit.training.faults import Heartbeat, StopRequest, stop_on_signals
@@ -123,8 +125,8 @@ def train(config: TrainConfig, *, resume: bool = True, say: Say = lambda line: N
             except Exception as error:
                 if lost_rank(error) and ranks.size > 1:
                     raise RankError(
-                        f"rank {ranks.rank}: another rank died or does not answer, {run.where()}\n  torch says: "
-                        f"{str(error).splitlines()[0]}"
+                        f"rank {ranks.rank}: another rank died or does not answer, {run.where()} (torch says: "
+                        f"{_shortened(error)})"
                     ) from error
                 error.add_note(run.where())
                 raise
@@ -424,6 +426,11 @@ class _Run:
 # Parts that stand alone
 
 
+def _shortened(error: BaseException) -> str:
+    """The first sentence of what torch says, without the place in its sources."""
+    return re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).split(". This is typically")[0]
+
+
 def describe_model(config: TrainConfig) -> tuple[VisionLanguageModel, Processor]:
     """The model on meta, frozen where it is to be, and its processor.
 
@@ -436,25 +443,35 @@ def describe_model(config: TrainConfig) -> tuple[VisionLanguageModel, Processor]
     elif source.name is not None:
         model = create_model(source.name, dtype=dtype, device="meta", **(source.overrides or {}))
     else:
-        chosen = {part: _part(part, getattr(source, part)) for part in PARTS if getattr(source, part) is not None}
-        model = compose(**chosen, dtype=dtype, device="meta")
+        model = compose(**_parts(source), dtype=dtype, device="meta")
     freeze_parts(model, config)
     if source.processor is not None or source.folder is not None:
         return model, Processor.from_pretrained(source.processor or source.folder or "")
     return model, create_processor(source.name if source.name and not source.overrides else model)
 
 
-def _part(kind: str, value: Any) -> Any:
-    """A registered name as it is; a table with "type" as the config that it means."""
-    from vlkit.registry import component
+def _parts(source: ModelSource) -> dict[str, Any]:
+    """What `compose` takes: a registered name as it is, a table with "type" as the config that it means."""
+    chosen: dict[str, Any] = {}
+    for kind in ("vision", "llm", "projector"):
+        value = getattr(source, kind)
+        if not isinstance(value, Mapping):
+            if value is not None:
+                chosen[kind] = value
+            continue
+        fields = dict(value)
+        name = fields.pop("type", None)
+        if not isinstance(name, str):
+            raise ConfigError(f"ModelSource.{kind}: 'type' must name a registered {kind}, found {name!r}")
+        if kind == "projector":  # its widths follow its neighbours where nobody wrote them
+            vision, llm = (_config_of(k, chosen[k]) for k in ("vision", "llm"))
+            fields = {"in_dim": vision.out_dim, "out_dim": llm.dim, **fields}
+        chosen[kind] = component(kind, name).configs[name].replace(**fields)
+    return chosen
 
-    if isinstance(value, str):
-        return value
-    fields = dict(value)
-    name = fields.pop("type", None)
-    if not isinstance(name, str):
-        raise ConfigError(f"ModelSource.{kind}: 'type' must name a registered {kind}, found {name!r}")
-    return component(kind, name).configs[name].replace(**fields)
+
+def _config_of(kind: str, part: Any) -> Any:
+    return component(kind, part).configs[part] if isinstance(part, str) else part
 
 
 def freeze_parts(model: VisionLanguageModel, config: TrainConfig) -> None:
