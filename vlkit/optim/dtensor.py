@@ -30,8 +30,9 @@ def is_dtensor(tensor: object) -> bool:
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """What this rank holds of a DTensor; a plain tensor itself. It shares memory and records no gradient."""
-    return tensor._local_tensor.detach() if is_dtensor(tensor) else tensor.detach()  # type: ignore[attr-defined]
+    """What this rank holds of a DTensor; a plain tensor itself."""
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local
 
 
 def like_parameter(local: Tensor, parameter: Tensor) -> Tensor:
@@ -62,6 +63,18 @@ def axes_of(parameter: Any) -> dict[int, int]:
         if not placement.is_replicate() and parameter.device_mesh.size(axis) > 1:
             found[axis] = placement.dim % parameter.ndim
     return found
+
+
+def first_element(parameter: Any) -> int:
+    """Of what this rank holds, the first element in the whole parameter, for one that is cut along its first axis or not at
+    all; 0 for a plain tensor.
+    """
+    if not is_dtensor(parameter):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return int(offsets[0]) * math.prod(parameter.shape[1:])
 
 
 def copies_of(parameter: Any) -> int:

@@ -22,9 +22,9 @@ from torch import Tensor
 from vlkit.errors import ConfigError
 from vlkit.optim import collectives
 from vlkit.optim.agree import gather_json
-from vlkit.optim.dtensor import copies_of, holdings_of, is_dtensor, like_parameter, local_of
+from vlkit.optim.dtensor import axes_of, copies_of, first_element, holdings_of, is_dtensor, like_parameter, local_of
 from vlkit.optim.partition import Bucket, Held, Holding, Place, SplitStrategy, deal_flat, deal_spans, holding_of
-from vlkit.optim.units import Span, spans_of, units_of
+from vlkit.optim.units import Span, cut_of, spans_of, units_of
 from vlkit.optim.update import Block, shown
 from vlkit.optim.variants import STATE_KEY, row_places
 
@@ -110,10 +110,13 @@ class Layout:
             found.update(zip(bucket.parameters, means, strict=True))
         return [found[member.parameter] for member in self.members]
 
-    def sum_of_squares(self, grads: Sequence[Tensor | None]) -> Tensor:
+    def sum_of_squares(self, grads: Sequence[Tensor | None], *, exact: bool) -> Tensor:
         """Over the gradients of this rank, each element counted as 1 / number of ranks that have it.
 
-        In fp64 where the device has it, so that neither large values nor the order of summation show.
+        Args:
+            grads: Of what this rank holds.
+            exact: Add up in fp64, which takes twice as long: large values do not overflow, nor does it show who has added
+                up what.
         """
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         found = [
@@ -123,9 +126,10 @@ class Layout:
         ]
         if not found:
             return torch.zeros((), dtype=wide, device=self.device)
-        norms = torch._foreach_norm([grad for grad, _ in found], 2, dtype=wide)
-        weights = torch.tensor([weight for _, weight in found], dtype=wide, device=self.device)
-        return (torch.stack([norm.to(self.device) for norm in norms]).square() * weights).sum()
+        dtype = wide if exact or any(grad.dtype == torch.float64 for grad, _ in found) else torch.float32
+        norms = torch._foreach_norm([grad for grad, _ in found], 2, dtype=dtype)
+        squares = torch.stack([norm.to(self.device) for norm in norms]).to(wide).square()
+        return (squares * squares.new_tensor([weight for _, weight in found])).sum()
 
     def sum_over_ranks(self, square: Tensor, found_inf: Tensor | None, present: Sequence[bool]) -> list[float]:
         """[square, found_inf, number of ranks that have each gradient], summed over all ranks: one message."""
@@ -195,7 +199,8 @@ class Piece:
         for units, (at, local) in self.holding.whole:
             second_moment = None if elements is None else units.view(_after(elements, local))
             if rows is not None:
-                second_moment = row_places(units_of(self.parameter), units, at).view(rows)
+                first = at + first_element(self.parameter)
+                second_moment = row_places(units_of(self.parameter), units, first).view(rows)
             yield Block(
                 units.view(_after(self.weight, at)),
                 units.view(_after(self.grad, local)),
@@ -214,7 +219,7 @@ class Piece:
     def write_back(self) -> None:
         """Where the parameter is not in row-major order."""
         local = local_of(self.parameter)
-        if local.data_ptr() != self.weight.data_ptr():
+        if local is not self.weight:
             local.copy_(self.weight)
 
 
@@ -234,11 +239,13 @@ def lay_out(
         ConfigError: DTensors and a process group, DTensors that cannot be laid out, or ranks that do not agree.
     """
     sharded = [member for member in members if is_dtensor(member.parameter)]
-    varied = next((member for member in members if member.group["variant"] != "none"), None)
-    if varied is not None and sharded:
-        raise ConfigError(
-            f"{varied.name}: variant={varied.group['variant']!r} runs in one process or with process_group, not on DTensors"
-        )
+    for parameter, name, options in sharded:
+        stacked = parameter.ndim == 3 and not cut_of(parameter, name).flatten
+        if options["variant"] != "none" and stacked and any(axes_of(parameter).values()):
+            raise ConfigError(
+                f"{name} {tuple(parameter.shape)} lies on its mesh as {parameter.placements}: "  # type: ignore[attr-defined]
+                f"variant={options['variant']!r} takes stacks of matrices that are cut along the stack only"
+            )
     if process_group is not None:
         if sharded:
             raise ConfigError(

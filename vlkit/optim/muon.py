@@ -22,7 +22,6 @@ from vlkit.errors import ConfigError
 from vlkit.optim.layout import Layout, Member, Piece, lay_out
 from vlkit.optim.newton_schulz import Form, Norm, Triple
 from vlkit.optim.partition import Held, SplitStrategy
-from vlkit.optim.parts import Part
 from vlkit.optim.sharing import Sharing
 from vlkit.optim.state import (
     full_state_dict,
@@ -290,9 +289,12 @@ class Muon(torch.optim.Optimizer):
             grads, unscale = layout.reduce_scatter(unscale), 1.0
         else:
             grads = layout.local_gradients()
-        square, found_inf, *ranks_with = layout.sum_over_ranks(
-            layout.sum_of_squares(grads), getattr(self, "found_inf", None), present
-        )
+        for exact in (False, True) if self.max_grad_norm is None else (True,):
+            square, found_inf, *ranks_with = layout.sum_over_ranks(
+                layout.sum_of_squares(grads, exact=exact), getattr(self, "found_inf", None), present
+            )
+            if math.isfinite(square):  # else it may have been too large for fp32
+                break
         norm = math.sqrt(square) * unscale if square >= 0 else square
         self.last_grad_norm = torch.tensor(norm, dtype=torch.float32, device=layout.device)
         if found_inf or not math.isfinite(norm):
@@ -369,11 +371,11 @@ class Muon(torch.optim.Optimizer):
         """Take over a whole state, of vlkit or torch, on any number of ranks; see vlkit.optim.state."""
         load_full_state_dict(self, state, reinitialize=reinitialize, options=options)
 
-    def sharded_state_dict(self) -> dict[str, Tensor | Part]:
+    def sharded_state_dict(self) -> dict[str, Tensor]:
         """What this rank holds of every tensor, for torch.distributed.checkpoint; see vlkit.optim.state."""
         return sharded_state_dict(self)
 
-    def load_sharded_state_dict(self, state: Mapping[str, Tensor | Part]) -> None:
+    def load_sharded_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a sharded state that was filled in place; see vlkit.optim.state."""
         load_sharded_state_dict(self, state)
 

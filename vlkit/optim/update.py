@@ -34,6 +34,7 @@ ADJUST_LR: dict[str, Callable[[int, int, float], float]] = {
 
 
 ADAMW_STATE = ("exp_avg", "exp_avg_sq")
+SMALL = 4096  # elements, of vectors that are cheaper joined than cut
 
 
 @dataclass
@@ -190,23 +191,21 @@ def adamw_update(
         factor: That clips and unscales gradients.
     """
     torch._foreach_add_([state["step"] for state in states], 1)
-    filled = [i for i, weight in enumerate(weights) if weight.numel()]
-    if not filled:
-        return
-    dtype = states[0]["exp_avg"].dtype
-    wide = [weights[i].to(dtype) for i in filled]
-    scaled = _cast(_scaled([grads[i] for i in filled], options, factor), dtype)
-    columns = [wide, scaled, *([states[i][key] for i in filled] for key in ADAMW_STATE)]
-    # The kernel counts the step itself; the counters of slices may be seen by no other rank, so they count here.
-    steps = [states[i]["step"] - 1 for i in filled]
-    if weights[0].device.type == "cpu":
-        with _whole_vectors(columns, steps) as (columns_, steps_):
-            _adamw(columns_, steps_, options)
-    else:
-        _adamw(columns, steps, options)
-    for i, weight in zip(filled, wide, strict=True):
-        if weight is not weights[i]:
-            weights[i].copy_(weight)
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for i, (weight, state) in enumerate(zip(weights, states, strict=True)):
+        if weight.numel():
+            alike.setdefault((weight.device, weight.dtype, grads[i].dtype, state["exp_avg"].dtype), []).append(i)
+    for some in alike.values():
+        ours, state_of = [weights[i] for i in some], [states[i] for i in some]
+        means, squares = ([state[key] for state in state_of] for key in ADAMW_STATE)
+        wide = _cast(ours, means[0].dtype)
+        scaled = _cast(_scaled([grads[i] for i in some], options, factor), means[0].dtype)
+        # The kernel counts steps too. But a rank counts those of parameters as well of which it holds nothing.
+        steps = list(torch._foreach_sub([state["step"] for state in state_of], 1))
+        with _whole_vectors([wide, scaled, means, squares], steps) as (columns, counters):
+            _adamw(columns, counters, options)
+        if wide is not ours:
+            torch._foreach_copy_(ours, wide)
 
 
 def _adamw(columns: list[list[Tensor]], steps: list[Tensor], options: Mapping[str, Any]) -> None:
@@ -235,34 +234,40 @@ def _adamw(columns: list[list[Tensor]], steps: list[Tensor], options: Mapping[st
 def _whole_vectors(
     columns: list[list[Tensor]], steps: list[Tensor]
 ) -> Iterator[tuple[list[list[Tensor]], list[Tensor]]]:
-    """The same tensors in lengths that are multiples of 64 bytes, with what is left over of all of them in extra tensors.
+    """On CPUs the same elements in tensors of multiples of 64 bytes: what tensors have beyond that, or all of a small one,
+    is joined to extra tensors, and copied back afterwards.
 
     The fused kernel treats the last elements of a tensor, fewer than a vector register holds, with code that rounds
     differently. So an element's result would depend on where in a slice it lies.
     """
     size = 64 // columns[0][0].element_size()
-    flat = [[tensor.view(-1) for tensor in column] for column in columns]
-    lengths = [tensor.numel() for tensor in flat[0]]
-    bodies = [[tensor[: n - n % size] for tensor, n in zip(column, lengths, strict=True)] for column in flat]
-    rests = [[tensor[n - n % size :] for tensor, n in zip(column, lengths, strict=True)] for column in flat]
-    at_step: dict[float, list[int]] = {}
-    for i, n in enumerate(lengths):
-        if n % size:
-            at_step.setdefault(float(steps[i]), []).append(i)
+    on_cpu = columns[0][0].device.type == "cpu"
+    ragged = {i for i, weight in enumerate(columns[0]) if on_cpu and weight.numel() % size}
+    if not ragged:
+        yield columns, steps
+        return
+    result: list[list[Tensor]] = [[tensor for i, tensor in enumerate(column) if i not in ragged] for column in columns]
+    counters = [step for i, step in enumerate(steps) if i not in ragged]
+    at_step: dict[float, list[tuple[int, int]]] = {}  # joined are those of one step: (index, first element)
+    for i in sorted(ragged):
+        numel = columns[0][i].numel()
+        first = numel - numel % size if numel > SMALL else 0
+        at_step.setdefault(float(steps[i]), []).append((i, first))
+        if first:
+            counters.append(steps[i])
+            for column, whole in zip(columns, result, strict=True):
+                whole.append(column[i].view(-1)[:first])
     copies = []
-    kept = [i for i, n in enumerate(lengths) if n >= size]
-    result = [[column[i] for i in kept] for column in bodies]
-    counters = [steps[i] for i in kept]
-    for indices in at_step.values():
-        for column, rest in zip(result, rests, strict=True):
-            joined = torch.cat([rest[i] for i in indices])
-            column.append(torch.nn.functional.pad(joined, (0, -len(joined) % size)))
-            copies.append(([rest[i] for i in indices], column[-1]))
-        counters.append(steps[indices[0]].clone())
+    for rests in at_step.values():
+        counters.append(steps[rests[0][0]].clone())
+        for column, whole in zip(columns, result, strict=True):
+            parts = [column[i].view(-1)[first:] for i, first in rests]
+            joined = torch.cat(parts)
+            whole.append(torch.nn.functional.pad(joined, (0, -joined.numel() % size)))
+            copies.append((parts, joined.numel(), whole[-1]))
     yield result, counters
-    for parts, joined in copies:
-        counts = [len(part) for part in parts]
-        torch._foreach_copy_(parts, list(joined[: sum(counts)].split(counts)))
+    for parts, numel, joined in copies:
+        torch._foreach_copy_(parts, list(joined[:numel].split([part.numel() for part in parts])))
 
 
 @lru_cache(maxsize=64)
