@@ -141,6 +141,22 @@ def test_kept_memory_of_a_decoder_is_exact(name: str, dtype: torch.dtype) -> Non
     assert text_cost(on_meta, [21, 13]).kept == measured
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_what_lies_outside_of_blocks_is_kept_whatever_is_computed_again(name: str) -> None:
+    model = vlkit.create_model(name)
+    model.gradient_checkpointing = True
+    batch = random_batch(model, ((21, []), (13, [])))
+    angles: list[int] = []
+    model.llm.blocks[0].register_forward_pre_hook(
+        lambda block, inputs: angles.append(inputs[1].cos.nbytes + inputs[1].sin.nbytes)
+    )
+    measured = saved_bytes(model, lambda: model.llm(batch.ids.with_tokens(model.llm.embed(batch.ids.tokens))))
+    cost = text_cost(build(model.config, device="meta"), [21, 13])
+    # Rotary angles are held by reference, which no hook of autograd sees; turned as complex numbers, every block makes its own.
+    assert cost.kept_outside + cost.inputs - measured in (0, angles[0])
+    assert cost.inputs == len(model.llm.blocks) * 34 * model.config.llm.dim * 4  # type: ignore[attr-defined]
+
+
 def test_frozen_parts_cost_no_backward() -> None:
     model = build(model_spec("kimi-vl-tiny").config, device="meta")
     free = image_cost(model, [(1, 4, 6)])

@@ -272,3 +272,35 @@ def test_a_dense_model_has_no_experts_to_spread() -> None:
 def test_an_unknown_name_has_neighbours() -> None:
     with pytest.raises(UnknownModelError, match="kimi-vl-tiny"):
         plan("kimi-vl-tyni")
+
+
+# ---- as many ranks as nobody has here -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ranks", "replicate", "expert_parallel"), [(1024, 1, 1), (1024, 16, 8)])
+def test_the_real_model_lies_on_many_ranks_as_planned(ranks: int, replicate: int, expert_parallel: int) -> None:
+    """Kimi-VL on meta, sharded by FSDP2 for the first of so many ranks, of which the others do not exist."""
+    options = {"ranks": ranks, "replicate": replicate, "expert_parallel": expert_parallel}
+    planned = plan("kimi-vl-a3b", sharding="fsdp", dtype="fp32", **options)
+    ((weights, state),) = run_ranks(first_of_many, 1, *options.values())
+    assert planned.memory.weights == weights
+    assert planned.memory.state == state
+
+
+def first_of_many(_: int, ranks: int, replicate: int, expert_parallel: int) -> tuple[int, int]:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.destroy_process_group()
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    mesh = make_mesh(replicate=replicate, expert_parallel=expert_parallel, device_type="cpu")
+    model = shard_model(vlkit.create_model("kimi-vl-a3b", device="meta"), mesh)
+    weights = sum(4 * local(p) for p in model.parameters())
+    state = 0
+    for group in optimizer_groups(model, "muon"):
+        muon = group["algorithm"] == "muon"
+        state += sum(4 * local(p) if muon else 8 * local(p) + 4 for p in group["params"])
+    return weights, state
+
+
+def local(parameter: Any) -> int:
+    return int(parameter.to_local().numel())
