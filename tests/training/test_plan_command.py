@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from vlkit.cli import app
 from vlkit.errors import VlkitError
+from vlkit.training import read_train_config
 from vlkit.training.plan import plan
 
 PAGE = Path(__file__).parents[2] / "docs" / "plans" / "kimi-vl.md"
@@ -86,3 +87,12 @@ def test_the_page_shows_what_the_command_prints(command: str, output: str) -> No
 def test_the_page_has_small_and_large_runs() -> None:
     ranks = {int(re.findall(r"--ranks (\d+)", command)[0]) for command, _ in quoted()}
     assert {8, 64, 1024} <= ranks
+
+
+def test_the_run_on_the_page_about_ranks_is_one(tmp_path: Path) -> None:
+    page = (PAGE.parents[1] / "distributed.md").read_text("utf-8")
+    (text,) = re.findall(r"^```toml\n(.*?)^```", page, flags=re.M | re.S)
+    (tmp_path / "run.toml").write_text(text, encoding="utf-8")
+    config = read_train_config(tmp_path / "run.toml")
+    assert config.ranks.expert_parallel == 8
+    assert config.run == str(tmp_path / "runs" / "first")
