@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -115,5 +114,6 @@ def gradient(parameter: Tensor) -> Tensor | None:
     return parameter.grad
 
 
-def clone(model: VisionLanguageModel) -> VisionLanguageModel:
-    return copy.deepcopy(model)
+def all_of(rank: int, works: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    """Several works in the same processes, which cost more to start than most works take."""
+    return [work(rank, *args) for work, args in works]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ranks import run_ranks
-from tests.training.steps import backward, make, shares
+from tests.training.steps import all_of, backward, make, shares
 from vlkit.errors import ConfigError, CorruptCheckpointError, NonFiniteWeightsError, RankError
 from vlkit.hub.safetensors_file import Header, MappedFile
 from vlkit.models import VisionLanguageModel
@@ -25,7 +26,37 @@ from vlkit.training.loading import allocate_shards, draw_shards, held_of
 from vlkit.training.sharding import load_sharded, make_mesh, shard_model
 
 FAMILIES = list_models("*-tiny")
-OPTIONS: tuple[dict[str, int], ...] = ({}, {"expert_parallel": 2})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every family, and one whose file is cut short."""
+    found = tmp_path_factory.mktemp("models")
+    for name in FAMILIES:
+        make(name, torch.float32).save_pretrained(found / name, max_shard_size="64KB")
+    make("kimi-vl-tiny", torch.float32).save_pretrained(found / "broken")
+    weights = found / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def on_ranks(folder: Path) -> dict[int, list[list[Any]]]:
+    """Number of ranks -> what each work gives on each rank."""
+    works: dict[int, list[tuple[Callable[..., Any], tuple[Any, ...]]]] = {
+        2: [
+            (drawn, (FAMILIES, {})),
+            (there_and_back, (folder, FAMILIES, {})),
+            (bytes_read, (folder, ("kimi-vl-tiny", "qwen2.5-vl-tiny"))),
+            (failing, (folder,)),
+            (frozen, ()),
+        ],
+        4: [
+            (drawn, (["kimi-vl-tiny"], {"expert_parallel": 2})),
+            (there_and_back, (folder, ["kimi-vl-tiny"], {"expert_parallel": 2})),
+        ],
+    }
+    return {n: [list(each) for each in zip(*run_ranks(all_of, n, works[n]), strict=True)] for n in works}
 
 
 def same_shares(ours: VisionLanguageModel, theirs: VisionLanguageModel) -> bool:
@@ -53,12 +84,10 @@ def drawn(rank: int, names: list[str], options: dict[str, int]) -> dict[str, tup
     return found
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "names", "options"), [(2, FAMILIES, OPTIONS[0]), (4, ["kimi-vl-tiny"], OPTIONS[1])]
-)
-def test_drawn_shares_are_those_of_one_process(num_ranks: int, names: list[str], options: dict[str, int]) -> None:
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_drawn_shares_are_those_of_one_process(num_ranks: int, on_ranks: dict[int, list[list[Any]]]) -> None:
     """And the random state afterwards too; at no time is more whole than the largest tensor."""
-    for found in run_ranks(drawn, num_ranks, names, options):
+    for found in on_ranks[num_ranks][0]:
         for name, (same, most, state) in found.items():
             assert same, name
             assert most <= 1, name
@@ -72,7 +101,7 @@ def there_and_back(rank: int, folder: Path, names: list[str], options: dict[str,
         ours = load_sharded(folder / name, make_mesh(**options))
         with torch.no_grad():
             ours(shares(theirs, 1, step=0)[0])  # leaves the root gathered
-        save_sharded(ours, folder / f"{name}-again", max_shard_size="64KB")
+        save_sharded(ours, folder / f"{name}-over-{dist.get_world_size()}", max_shard_size="64KB")
         state = gather_model(ours)
         whole = dict(theirs.named_parameters()) | dict(theirs.named_buffers())
         gathered = all(torch.equal(state[key], value) for key, value in whole.items()) if rank == 0 else not state
@@ -81,23 +110,20 @@ def there_and_back(rank: int, folder: Path, names: list[str], options: dict[str,
     return found
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "names", "options"), [(2, FAMILIES, OPTIONS[0]), (4, ["kimi-vl-tiny"], OPTIONS[1])]
-)
+@pytest.mark.parametrize("num_ranks", [2, 4])
 def test_shares_are_read_from_a_folder_and_saved_as_one_process_does(
-    num_ranks: int, names: list[str], options: dict[str, int], tmp_path: Path
+    num_ranks: int, folder: Path, on_ranks: dict[int, list[list[Any]]]
 ) -> None:
-    for name in names:
-        make(name, torch.float32).save_pretrained(tmp_path / name, max_shard_size="64KB")
-    for found in run_ranks(there_and_back, num_ranks, tmp_path, names, options):
+    for found in on_ranks[num_ranks][1]:
         for name, read, gathered in found:
             assert read, name
             assert gathered, name
-    for name in names:
-        files = sorted(path.name for path in (tmp_path / name).iterdir())
-        assert files == sorted(path.name for path in (tmp_path / f"{name}-again").iterdir())
+    for name, *_ in on_ranks[num_ranks][1][0]:
+        again = folder / f"{name}-over-{num_ranks}"
+        files = sorted(path.name for path in (folder / name).iterdir())
+        assert files == sorted(path.name for path in again.iterdir())
         assert len(files) > 3
-        _, differ, odd = filecmp.cmpfiles(tmp_path / name, tmp_path / f"{name}-again", files, shallow=False)
+        _, differ, odd = filecmp.cmpfiles(folder / name, again, files, shallow=False)
         assert differ == odd == []
 
 
@@ -120,28 +146,32 @@ class BytesRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def bytes_read(rank: int, folder: Path) -> tuple[int, int]:
-    """Bytes of the files that this rank looks at, and of its shares."""
-    count, opening = BytesRead(), MappedFile.__init__
+def bytes_read(rank: int, folder: Path, names: tuple[str, ...]) -> list[tuple[int, int, int]]:
+    """Bytes of the files that this rank looks at, of its shares, and of all."""
+    found, opening = [], MappedFile.__init__
+    for name in names:
+        count = BytesRead()
 
-    def opened(self: MappedFile, header: Header) -> None:
-        opening(self, header)
-        count.opened(self)
+        def opened(self: MappedFile, header: Header, count: BytesRead = count) -> None:
+            opening(self, header)
+            count.opened(self)
 
-    MappedFile.__init__ = opened  # type: ignore[method-assign]
-    with count:
-        model = load_sharded(folder, make_mesh(), check_finite=False)
-    return count.total, sum(held_of(tensor)[0].nbytes for tensor in (*model.parameters(), *model.buffers()))
+        MappedFile.__init__ = opened  # type: ignore[method-assign]
+        try:
+            with count:
+                model = load_sharded(folder / name, make_mesh(), check_finite=False)
+        finally:
+            MappedFile.__init__ = opening  # type: ignore[method-assign]
+        tensors = [*model.parameters(), *model.buffers()]
+        found.append((count.total, sum(held_of(t)[0].nbytes for t in tensors), sum(t.nbytes for t in tensors)))
+    return found
 
 
-@pytest.mark.parametrize("name", ["kimi-vl-tiny", "qwen2.5-vl-tiny"])
-def test_a_rank_reads_its_shares_and_no_more(name: str, tmp_path: Path) -> None:
-    model = make(name, torch.float32)
-    model.save_pretrained(tmp_path / "model")
-    whole = sum(tensor.nbytes for tensor in model.state_dict().values())
-    for read, share in run_ranks(bytes_read, 2, tmp_path / "model"):
-        assert whole * 0.45 < share < whole * 0.55
-        assert share == read
+def test_a_rank_reads_its_shares_and_no_more(on_ranks: dict[int, list[list[Any]]]) -> None:
+    for found in on_ranks[2][2]:
+        for read, share, whole in found:
+            assert whole * 0.45 < share < whole * 0.55
+            assert share == read
 
 
 def failing(rank: int, folder: Path) -> list[str]:
@@ -151,7 +181,7 @@ def failing(rank: int, folder: Path) -> list[str]:
         load_sharded("kimi-vl-tiny")
     said.append(str(seeds.value))
     with pytest.raises(CorruptCheckpointError) as broken:
-        load_sharded(folder)
+        load_sharded(folder / "broken")
     said.append(str(broken.value))
     model = shard_model(make("kimi-vl-tiny"), make_mesh())
     with pytest.raises(ConfigError, match="save_sharded"):
@@ -163,21 +193,18 @@ def failing(rank: int, folder: Path) -> list[str]:
         save_sharded(model, folder / "odd")
     said.append(str(odd.value))
     with pytest.raises(OSError) as denied:
-        save_sharded(model, folder / "config.json", check_finite=False)
+        save_sharded(model, folder / "broken" / "config.json", check_finite=False)
     said.append(str(denied.value))
     return said
 
 
-def test_what_fails_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
-    make("kimi-vl-tiny", torch.float32).save_pretrained(tmp_path / "model")
-    weights = tmp_path / "model" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    for seeds, broken, odd, denied in run_ranks(failing, 2, tmp_path / "model"):
+def test_what_fails_on_one_rank_is_raised_on_all(folder: Path, on_ranks: dict[int, list[list[Any]]]) -> None:
+    for seeds, broken, odd, denied in on_ranks[2][3]:
         assert "torch.manual_seed" in seeds
         assert "truncated" in broken
         assert "lm_head.weight" in odd
         assert "is a file" in denied
-    assert not (tmp_path / "model" / "odd").exists()
+    assert not (folder / "odd").exists()
 
 
 def frozen(rank: int) -> tuple[bool, bool]:
@@ -187,5 +214,5 @@ def frozen(rank: int) -> tuple[bool, bool]:
     return kept, all(p.grad is not None for p in model.llm.parameters())
 
 
-def test_parts_can_be_frozen_before_they_are_sharded() -> None:
-    assert run_ranks(frozen, 2) == [(True, True)] * 2
+def test_parts_can_be_frozen_before_they_are_sharded(on_ranks: dict[int, list[list[Any]]]) -> None:
+    assert on_ranks[2][4] == [(True, True)] * 2

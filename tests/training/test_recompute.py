@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.training.steps import backward, furthest, gradient, make, shares
 from vlkit.errors import ConfigError
-from vlkit.registry import list_models
 from vlkit.training.recompute import checkpoint_blocks
 
 
@@ -35,7 +34,7 @@ def run(name: str, **options: Any) -> tuple[Any, torch.Tensor, Counter[str]]:
     return model, loss, count.seen
 
 
-@pytest.mark.parametrize("name", list_models("*-tiny"))
+@pytest.mark.parametrize("name", ["kimi-vl-tiny", "qwen-vl-tiny", "qwen3-vl-moe-tiny"])
 def test_recomputing_changes_no_bit_and_selectively_no_product(name: str) -> None:
     kept, loss, count = run(name, every=0)
     products: dict[Any, int] = {}
