@@ -366,10 +366,10 @@ def test_the_norm_is_that_of_all_gradients() -> None:
 # Groups and agreement
 
 
-def group_added_later(rank: int, partition: str) -> list[Tensor]:
+def group_added_later(rank: int, partition: str, variant: str) -> list[Tensor]:
     params = plain()
     groups = declare(params)
-    optimizer = Muon(groups[:1], 0.02, process_group=dist.group.WORLD, partition=partition)
+    optimizer = Muon(groups[:1], 0.02, process_group=dist.group.WORLD, partition=partition, variant=variant)
     late_groups(params, groups, optimizer)
     return [param.detach() for param in params]
 
@@ -381,13 +381,13 @@ def late_groups(params: Sequence[Tensor], groups: list[dict[str, Any]], optimize
         train(params, optimizer, 2)
 
 
-@pytest.mark.parametrize("partition", ["flat", "matrix"])
-def test_a_group_added_later_finds_its_place(partition: str) -> None:
+@pytest.mark.parametrize(("partition", "variant"), [("flat", "normuon"), ("matrix", "none")])
+def test_a_group_added_later_finds_its_place(partition: str, variant: str) -> None:
     """Elements are dealt out anew, and state goes with them."""
     params = plain()
     groups = declare(params)
-    late_groups(params, groups, Muon(groups[:1], 0.02))
-    for result in run_ranks(group_added_later, 3, partition):
+    late_groups(params, groups, Muon(groups[:1], 0.02, variant=variant))
+    for result in run_ranks(group_added_later, 3, partition, variant):
         assert differences(result, params) == 0
 
 
