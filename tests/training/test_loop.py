@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +21,7 @@ from vlkit.errors import ConfigError, NonFiniteError, SampleError
 from vlkit.models import VisionLanguageModel
 from vlkit.training import Result, TrainConfig, train
 from vlkit.training.data import Conversations, order
-from vlkit.training.loop import blank_batch
+from vlkit.training.loop import blank_batch, seed_all
 
 
 def weights(config: TrainConfig) -> dict[str, Tensor]:
@@ -317,3 +319,26 @@ def test_products_may_be_computed_in_another_dtype(tmp_path: Path) -> None:
     assert len(set(losses)) == 3
     assert losses == pytest.approx([losses[0]] * 3, abs=0.05)
     assert {value.dtype for value in weights(narrow).values()} == {torch.float32}
+
+
+def draws() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_randomness_follows_from_seed_step_and_rank() -> None:
+    seen = set()
+    for seed, step, rank in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        seed_all(seed, step, rank)
+        first = draws()
+        seed_all(seed, step, rank)
+        assert draws() == first
+        seen.add(first)
+    assert len({value for values in seen for value in values}) == 12
+
+
+def test_a_run_leaves_the_random_states_as_they_were(tmp_path: Path) -> None:
+    seed_all(3, 0, 0)
+    expected = draws()
+    seed_all(3, 0, 0)
+    train(small_config(tmp_path, steps=1))
+    assert draws() == expected

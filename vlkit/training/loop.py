@@ -11,10 +11,10 @@ nothing else. All randomness of a step is drawn from the seed, the step and the 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -155,7 +155,7 @@ class _Run:
         self.heartbeat.now("reading the data files")
         with ranks.together():
             data = Conversations(config.data.files)
-        self.total = config.steps or max(1, round((config.epochs or 0) * len(data) / config.batch + 0.499999))
+        self.total = config.steps or math.ceil((config.epochs or 0) * len(data) / config.batch)
         self.heartbeat.now("building the model")
         with ranks.together():
             shapes, processor = describe_model(config)
@@ -355,7 +355,7 @@ class _Run:
                     raise ConfigError(f"{folder} has checkpoints; resume the run, or give it another folder with `run`")
                 for path in found[:1]:
                     self.check_resumable(path)
-        names = self.ranks.from_first([path.name for path in found])
+        names, skipped = self.ranks.from_first([[path.name for path in found], skipped])
         for line in skipped:
             self.say(line)
         for name in names:
@@ -644,4 +644,4 @@ def trim_metrics(path: Path, step: int) -> None:
             continue  # a line that a killed process half wrote
     hidden = path.with_name(f".{path.name}.partial")
     hidden.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    shutil.move(hidden, path)
+    os.replace(hidden, path)
