@@ -8,7 +8,7 @@
     T6   weight decay scaled with the update         T16  the Gram form in bf16 without restarts
                                                      T17  a norm rounded to bf16
 
-T7 to T10 are about ranks: see test_partition.py and test_ranks.py.
+T7 to T10 are about ranks: see test_zero1.py, test_dtensor.py and test_state_ranks.py.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tests.optim import over_ranks
+from tests.optim.test_dtensor import local, mesh_of, train_sharded
 from tests.ranks import run_ranks
 from vlkit.errors import ConfigError
 from vlkit.optim import Muon, orthogonalize
@@ -419,3 +420,53 @@ def test_variants_over_ranks_are_those_of_one_process(variant: Any, options: dic
     if options["partition"] == "flat":  # second moments of elements are dealt out as momentum is
         held = [sum(sizes) for *_, sizes in results]
         assert max(held) - min(held) < 2 * num_ranks
+
+
+def _variant_on_dtensors(rank: int, options: dict[str, Any]) -> dict[str, tuple[list[Tensor], dict[str, Any]]]:
+    """What every rank has in the end, put together, for several ways to lie on a mesh."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    rows = {1: [Shard(0)], 2: [Replicate(), Shard(0)]}
+    ways: dict[str, tuple[int, Any]] = {
+        "rows": (1, lambda shape: rows[1]),
+        "columns": (1, lambda shape: [Shard(int(len(shape) == 2))]),
+        "copies of rows": (2, lambda shape: rows[2]),
+        "experts": (2, lambda shape: [Shard(0), Shard(0)] if len(shape) == 3 else rows[2]),
+    }
+    found = {}
+    for name, (axes, placements) in ways.items():
+        mesh = mesh_of(axes)
+        params = [nn.Parameter(local(value, mesh, placements(value.shape))) for value in over_ranks.values()]
+        optimizer = Muon(over_ranks.declare(params), 0.02, **options)
+        train_sharded(params, optimizer, 3, torch.float32)
+        whole = [param.full_tensor().detach() for param in params]
+        found[name] = whole, optimizer.full_state_dict(rank0_only=False)["state"]
+    return found
+
+
+@pytest.mark.parametrize("variant", ["normuon", "adamuon"])
+def test_variants_on_dtensors_are_those_of_one_process(variant: Any) -> None:
+    """Four ranks. NorMuon bit for bit, state included; AdaMuon to the rounding of sums over ranks."""
+    options = {"ns_dtype": torch.float32, "variant": variant, "variant_beta": 0.9}
+    expected, optimizer = over_ranks.one_process(**options)
+    state = optimizer.full_state_dict()["state"]
+    for of_rank in run_ranks(_variant_on_dtensors, 4, options):
+        for way, (found, found_state) in of_rank.items():
+            for ours, theirs, zero in zip(found, expected, over_ranks.values(), strict=True):
+                bound = 0.0 if variant == "normuon" else 1e-6 * (theirs - zero).norm()
+                assert (ours - theirs).norm() <= bound, way
+            assert_close(found_state, state, rtol=0 if variant == "normuon" else 1e-6, atol=0)
+
+
+def _stack_cut_in_rows(rank: int) -> str:
+    from torch.distributed.tensor import Shard
+
+    parameter = nn.Parameter(local(torch.zeros(3, 8, 4), mesh_of(1), [Shard(1)]))
+    with pytest.raises(ConfigError) as error:
+        Muon([parameter], 0.1, variant="normuon")
+    return str(error.value)
+
+
+def test_stacks_cut_in_rows_are_refused_with_a_variant() -> None:
+    for message in run_ranks(_stack_cut_in_rows, 2):
+        assert "variant='normuon' takes stacks of matrices that are cut along the stack only" in message

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vlkit.optim.dtensor import first_element
 from vlkit.optim.layout import Layout, Piece
 from vlkit.optim.partition import Split
 from vlkit.optim.units import Units, units_of
@@ -39,12 +40,18 @@ class _Rows:
     Attributes:
         units: All of the parameter's.
         state: Second moments of all rows ("normuon").
+        first: Of this rank's elements of a DTensor, the first.
+        rank: Of this process among those that share units.
+        weight: In sums over all ranks: one over the number of ranks that know the same.
         told: What this rank knows of the rows' state, zero elsewhere ("normuon").
         factors: What rows of shared units are multiplied with; sums of squares until they are reduced ("adamuon").
     """
 
     units: list[Units]
     state: Tensor | None
+    first: int
+    rank: int
+    weight: float
     told: Tensor
     factors: Tensor
 
@@ -59,14 +66,16 @@ class RowSharing:
 
     def __init__(self, pieces: Sequence[Piece], layout: Layout) -> None:
         self._axes = layout.axes
-        self._rank = 0 if layout.group is None else dist.get_rank(layout.group)
         self._rows: dict[Tensor, _Rows] = {}
         self._pieces = [piece for piece in pieces if layout.axes and piece.group["variant"] != "none"]
         for piece in self._pieces:
             units = units_of(piece.parameter)
             wide = torch.promote_types(piece.weight.dtype, torch.float32)
             told, factors = torch.zeros(2, num_rows(units), dtype=wide, device=piece.weight.device)
-            self._rows[piece.parameter] = _Rows(units, piece.state.get(STATE_KEY["normuon"]), told, factors)
+            group, weight = layout.sharing.get(piece.parameter), layout.weight[piece.parameter]
+            rank, first = 0 if group is None else dist.get_rank(group), first_element(piece.parameter)
+            state = piece.state.get(STATE_KEY["normuon"])
+            self._rows[piece.parameter] = _Rows(units, state, first, rank, weight, told, factors)
 
     def worked_on(self, piece: Piece, split: Split, result: Tensor) -> None:
         """Take note of a span that this rank has orthogonalised."""
@@ -77,7 +86,7 @@ class RowSharing:
             places = row_places(rows.units, unit, split.span.start)
             sums = row_sums(unit.view(result).to(rows.factors.dtype))
             factors = normuon_factors(sums, places.view(rows.state), unit.cols, piece.group["variant_beta"])
-            if split.workers[0] == self._rank:  # others that have done the same work keep quiet
+            if split.workers[0] == rows.rank:  # others that have done the same work keep quiet
                 places.view(rows.factors).copy_(factors)
                 places.view(rows.told).copy_(places.view(rows.state))
 
@@ -101,12 +110,13 @@ class RowSharing:
             rows = self._rows[piece.parameter]
             if rows.state is not None:
                 for some, place in piece.holding.whole:
-                    places = row_places(rows.units, some, place.at)
+                    places = row_places(rows.units, some, rows.first + place.at)
                     places.view(rows.told).copy_(places.view(rows.state))
         of_all = [self._rows[piece.parameter] for piece in self._pieces]
         tensors = [rows.factors for rows in of_all] + [rows.told for rows in of_all if rows.state is not None]
         wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-        joined = torch.cat([tensor.to(wide) for tensor in tensors])
+        weights = [rows.weight for rows in of_all] + [rows.weight for rows in of_all if rows.state is not None]
+        joined = torch.cat([tensor.to(wide) * weight for tensor, weight in zip(tensors, weights, strict=True)])
         for group in self._axes:
             dist.all_reduce(joined, group=group)
         torch._foreach_copy_(tensors, list(joined.split([len(tensor) for tensor in tensors])))
@@ -130,5 +140,5 @@ class RowSharing:
         for unit in split.span.units:
             found = row_places(rows.units, unit, split.span.start).view(numbers)
             unit.view(ids).copy_(found.unsqueeze(-1).expand(-1, -1, unit.cols))
-        own = next(share for share in split.shares if share.rank == self._rank)
+        own = next(share for share in split.shares if share.rank == rows.rank)
         return own.of(ids).reshape(-1)
