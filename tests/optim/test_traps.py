@@ -230,8 +230,17 @@ def test_t17_the_norm_is_not_rounded_to_the_format_of_the_products() -> None:
     differing = 0
     for cols in range(7, 200):
         x = torch.ones(7, cols, dtype=torch.bfloat16)
-        divided = orthogonalize(x, ns=[(1.0, 1e-20, 1e-20)], dtype=torch.bfloat16)
+        divided = orthogonalize(x, ns=[(1.0, 0.0, 0.0)], dtype=torch.bfloat16)
         norm = torch.tensor(x.numel() ** 0.5, dtype=torch.float64)
         assert torch.equal(divided, (1 / norm).bfloat16().expand_as(divided))
         differing += (1 / norm).bfloat16() != (1 / norm.bfloat16().double()).bfloat16()
     assert differing > 5
+
+
+@pytest.mark.parametrize("n", [8, 17, 40, 260])
+def test_cubic_tables_can_be_used_in_bf16(n: int) -> None:
+    """torch.baddbmm(x, y, z, beta=b, alpha=0) gives x there, not b x, from 17 columns on; a fifth power of 0 must not see it."""
+    x = torch.randn(n, n + 3, generator=torch.Generator().manual_seed(0))
+    found = orthogonalize(x, ns=[(1.5, -0.5, 0.0)] * 8, dtype=torch.bfloat16)
+    expected = orthogonalize(x, ns=[(1.5, -0.5, 0.0)] * 8, dtype=torch.float32)
+    assert (found - expected).norm() < 2e-2 * expected.norm()

@@ -389,7 +389,8 @@ def _iterate(x: Tensor, polynomial: Polynomial, gram: bool, schatten: bool) -> T
             if step == 0 and schatten:
                 p, g2 = _schatten_start(r, a, b, c)
             else:
-                p = _symmetric(r, r, add=r, beta=b, alpha=c)
+                # Without the fifth power no square is needed; and torch.baddbmm with alpha=0 takes beta for 1, in bf16 on CPUs.
+                p = _symmetric(r, r, add=r, beta=b, alpha=c) if c else r * b
                 p.diagonal(dim1=-2, dim2=-1).add_(a)
             if step < stop - 1:
                 r = _symmetric(p, _symmetric(r, p))
