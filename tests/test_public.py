@@ -36,6 +36,7 @@ PUBLIC = [
     "optim",
     "hub",
     "testing",
+    "training",
 ]
 
 

@@ -15,7 +15,20 @@ from typing import TYPE_CHECKING, Any
 from vlkit.version import __version__
 
 if TYPE_CHECKING:
-    from vlkit import generation, hub, layers, llm, models, objectives, optim, processing, projectors, testing, vision
+    from vlkit import (
+        generation,
+        hub,
+        layers,
+        llm,
+        models,
+        objectives,
+        optim,
+        processing,
+        projectors,
+        testing,
+        training,
+        vision,
+    )
     from vlkit.models import Output, VisionLanguageModel, VLMConfig
     from vlkit.models.factory import compose, create_model, create_processor
     from vlkit.models.pretrained import from_pretrained
@@ -53,6 +66,7 @@ _ROOMS = (
     "projectors",
     "registry",
     "testing",
+    "training",
     "vision",
 )
 
