@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.distributed as dist
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +23,7 @@ from vlkit.models.vlm import VisionLanguageModel
 from vlkit.optim import Muon
 from vlkit.registry import model_spec
 from vlkit.testing import random_batch
+from vlkit.training.experts import parallel_experts
 from vlkit.training.plan import optimizer_groups, plan
 from vlkit.training.sharding import make_mesh, shard_model
 
@@ -166,6 +168,39 @@ def memory_of(tensors: list[torch.Tensor]) -> int:
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     storages.pop(0, None)
     return sum(storages.values())
+
+
+def test_spread_experts_keep_what_was_planned() -> None:
+    """To 2 %: rows that fill up the blocks of experts differ with the tokens that come."""
+    options = {"ranks": 2, "sharding": "fsdp", "sequence": 400, "images_per_sequence": 0, "dtype": "fp32"}
+    together, spread = (plan("kimi-vl-tiny", expert_parallel=each, **options).memory for each in (1, 2))
+    found = run_ranks(kept_by_experts, 2)
+    assert spread.activations - together.activations == pytest.approx(sum(found) / 2, rel=0.02)
+
+
+def kept_by_experts(rank: int) -> int:
+    """Bytes that autograd saves more where experts lie on both ranks."""
+    kept = []
+    for spread in (False, True):
+        torch.manual_seed(0)
+        model = vlkit.create_model("kimi-vl-tiny")
+        if spread:
+            parallel_experts(model, make_mesh(expert_parallel=2)["expert"])
+        batch = random_batch(model, ((400, []),), seed=rank)
+        saved: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor, saved: dict[int, torch.UntypedStorage] = saved) -> torch.Tensor:
+            own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            saved[own.untyped_storage()._cdata] = own.untyped_storage()
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.llm(batch.ids.with_tokens(model.llm.embed(batch.ids.tokens)))
+        for p in model.parameters():
+            own = p.to_local() if isinstance(p, DTensor) else p
+            saved.pop(own.untyped_storage()._cdata, None)
+        kept.append(sum(storage.nbytes() for storage in saved.values()))
+    return kept[1] - kept[0]
 
 
 # ---- what is planned ------------------------------------------------------------------------------------------------

@@ -386,9 +386,11 @@ def _memory(model: VisionLanguageModel, options: PlanOptions, step: Cost, shares
         kept = step.kept_outside + step.inputs + step.largest_block
     if options.checkpointing == "selective":
         kept += step.products
-    if options.expert_parallel > 1:  # rows that came, and outputs that went, of every layer or of the block at work
+    if options.expert_parallel > 1:  # of every layer, or of the block at work
         slots = _slots(model, sum(options.lengths))
-        kept += 2 * (sum(slots) if options.checkpointing == "none" else max(slots)) * model.config.llm.dim * width  # type: ignore[attr-defined]
+        dim = model.config.llm.dim  # type: ignore[attr-defined]
+        # Rows that came, outputs that came back, these times their weights in fp32; and where each belongs.
+        kept += (sum(slots) if options.checkpointing == "none" else max(slots)) * (dim * (2 * width + WIDE) + 20)
     chunk = min(model.config.loss_chunk, sum(options.lengths))
     vocabulary = model.config.llm.vocab_size  # type: ignore[attr-defined]
     return Memory(
