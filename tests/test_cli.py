@@ -39,7 +39,7 @@ def test_help_answers_at_once_and_without_torch() -> None:
     spent = os.times()
     used = spent.children_user + spent.children_system - start.children_user - start.children_system
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "generate", "list", "info"):
+    for command in ("demo", "generate", "train", "plan", "list", "info"):
         assert f"  {command} " in done.stdout
     imported = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "typer" in imported
@@ -47,7 +47,7 @@ def test_help_answers_at_once_and_without_torch() -> None:
     assert used < 0.6, f"{used:.2f} s of processor time, {time.perf_counter() - begin:.2f} s in all"
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "list", "info"])
+@pytest.mark.parametrize("command", ["demo", "generate", "train", "plan", "list", "info"])
 def test_every_command_explains_itself(command: str) -> None:
     done = _run(command, "--help")
     assert done.exit_code == 0
