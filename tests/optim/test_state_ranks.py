@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,26 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.testing import assert_close
 
 from tests.ranks import run_ranks
 from vlkit.errors import DiskFullError, OptimizerStateError
-from vlkit.optim import Muon, load_state, save_state
+from vlkit.optim import Muon, load_state, muon_param_groups, save_state
 from vlkit.training.sharded_files import load_shards, save_shards
 
 # The first is larger than what one of four ranks holds; units of all kinds straddle; one parameter is empty.
 MUON = {"large": (40, 33), "experts": (5, 7, 6), "tall": (31, 4), "wide": (3, 29), "conv": (6, 2, 3, 3)}
 ADAMW = {"norm": (7,), "embed": (13, 5), "scale": (), "empty": (0, 4)}
+ROWS = ("tall", "conv")  # with a second moment for each of their rows, too
+FP32 = {"ns_dtype": torch.float32}
 Weights = dict[str, Tensor]
 
 
@@ -44,17 +53,20 @@ def place(tensor: Tensor, form: str) -> Tensor:
     return distribute_tensor(tensor, mesh, [Shard(0)])
 
 
-def build(form: str, weights: Weights, lr: float = 0.01) -> tuple[Muon, dict[str, nn.Parameter]]:
+def build(
+    form: str, weights: Weights, lr: float = 0.01, rows: Sequence[str] = ROWS
+) -> tuple[Muon, dict[str, nn.Parameter]]:
     """In one process, under ZeRO-1 ("flat" or "matrix"), or of DTensors."""
     params = {name: nn.Parameter(place(weight, form)) for name, weight in weights.items()}
     groups = [
-        {"params": [(name, params[name]) for name in weights if name in MUON], "ns_dtype": torch.float32},
+        {"params": [(name, params[name]) for name in weights if name in MUON and name not in rows], **FP32},
+        {"params": [(name, params[name]) for name in weights if name in rows], "variant": "normuon", **FP32},
         {"params": [(name, params[name]) for name in weights if name in ADAMW], "algorithm": "adamw", "lr": lr / 5},
     ]
     options: dict[str, Any] = {}
     if form in ("flat", "matrix"):
         options = {"process_group": dist.group.WORLD, "partition": form}
-    return Muon(groups, lr, **options), params
+    return Muon([group for group in groups if group["params"]], lr, **options), params
 
 
 def train(optimizer: Muon, params: dict[str, nn.Parameter], first: int, steps: int = 5) -> None:
@@ -263,10 +275,10 @@ def test_a_full_state_has_what_all_ranks_hold() -> None:
 def take_torch(rank: int, states: Any) -> list[dict[str, Any]]:
     found = []
     for form in ("flat", "matrix", "dtensor"):
-        optimizer, _ = build(form, start())
+        optimizer, _ = build(form, start(), rows=())
         optimizer.load_full_state_dict(states if rank == 0 else None)
         assert optimizer.param_groups[0]["adjust_lr"] == "original"
-        assert optimizer.param_groups[1]["lr"] == 0.004
+        assert optimizer.param_groups[-1]["lr"] == 0.004
         found.append(optimizer.full_state_dict().get("state", {}))
     return found
 
@@ -356,3 +368,39 @@ def test_a_full_disk_is_told_to_all_ranks_and_keeps_the_old_state(tmp_path: Path
     optimizer, params = build("one", start())
     load_state(optimizer, tmp_path / "state")
     assert optimizer.state[params["norm"]]["step"] == 1
+
+
+# torch.distributed.checkpoint.state_dict
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(5, 7), nn.Linear(7, 9), nn.Linear(9, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(self.embed(ids))))
+
+
+def through_torch(rank: int) -> None:
+    def made() -> tuple[Net, Muon]:
+        torch.manual_seed(0)
+        net = fully_shard(Net())
+        return net, Muon(muon_param_groups(net), 0.01, **FP32)
+
+    net, optimizer = made()
+    net(torch.arange(4)).square().mean().backward()
+    optimizer.step()
+    for options in (StateDictOptions(), StateDictOptions(full_state_dict=True)):
+        state = get_optimizer_state_dict(net, optimizer, options=options)
+        other_net, other = made()
+        set_optimizer_state_dict(other_net, other, state, options=options)
+        for (name, ours), theirs in zip(net.named_parameters(), other_net.parameters(), strict=True):
+            for key, value in optimizer.state[ours].items():
+                assert torch.equal(local(other.state[theirs][key]), local(value)), (name, key)
+                assert isinstance(other.state[theirs][key], DTensor) == isinstance(value, DTensor)
+
+
+def test_torch_gets_and_sets_the_state_of_a_sharded_model() -> None:
+    """get_optimizer_state_dict and set_optimizer_state_dict, in shards and whole."""
+    run_ranks(through_torch, 2)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests.ranks import run_ranks
@@ -92,6 +93,22 @@ def test_what_ranks_hold_alike_is_stored_once(tmp_path: Path) -> None:
     assert torch.equal(target["rows"], whole()["rows"])
     stored = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     assert stored < 65 * 3 * 4 + 4 * 400  # headers
+
+
+def save_experts(rank: int, folder: Path) -> None:
+    """Seven experts over two ranks, and what each has sharded over two others."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    module = nn.Module()
+    module.weight = nn.Parameter(distribute_tensor(torch.arange(7 * 5 * 3.0).view(7, 5, 3), mesh["ep"], [Shard(0)]))
+    fully_shard(module, mesh=mesh["dp"])
+    save_shards(folder, {"weight": module.weight.detach()})
+
+
+def test_experts_that_are_sharded_twice_come_out_in_order(tmp_path: Path) -> None:
+    run_ranks(save_experts, 4, tmp_path)
+    target = {"weight": torch.zeros(7, 5, 3)}
+    load_shards(tmp_path, target)
+    assert target["weight"].flatten().tolist() == list(range(105))
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 4), (2, 1, 3, 2)])

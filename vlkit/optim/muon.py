@@ -29,6 +29,7 @@ from vlkit.optim.state import (
     load_full_state_dict,
     load_rank_state,
     load_sharded_state_dict,
+    plain,
     sharded_state_dict,
 )
 from vlkit.optim.units import units_of
@@ -41,7 +42,6 @@ from vlkit.optim.update import (
     batches,
     newton_schulz_of,
     orthogonalize_units,
-    shown,
     update_momentum,
     update_weights,
 )
@@ -338,7 +338,7 @@ class Muon(torch.optim.Optimizer):
         load it again; full_state_dict and sharded_state_dict are for any number of ranks.
         """
         state = super().state_dict()
-        groups = [{key: shown(value) for key, value in group.items()} for group in state["param_groups"]]
+        groups = [{key: plain(value) for key, value in group.items()} for group in state["param_groups"]]
         return {**state, "param_groups": groups, "layout": layout_of(self)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -19,11 +19,13 @@ from torch import Tensor
 from vlkit.errors import OptimizerStateError
 from vlkit.optim.parts import is_dtensor
 from vlkit.optim.update import without_functions
+from vlkit.optim.variants import STATE_KEY
 
 Group: TypeAlias = dict[str, Any]
 State: TypeAlias = Mapping[str, Any]
 
 VERSION = 1
+NOT_NEGATIVE = ("step", "exp_avg_sq", *STATE_KEY.values())
 _SHOWN = 5  # names in a message
 _TORCH_ONLY = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 
@@ -178,7 +180,7 @@ def _read(state: State, wanted: Wanted, *, alone: bool) -> Saved:
 
 def _translated(saved: Group) -> Group:
     """The options of a group under our names, without its parameters."""
-    options = {key: value for key, value in saved.items() if key not in ("params", "param_names")}
+    options = {key: restored(value) for key, value in saved.items() if key not in ("params", "param_names")}
     if "ns_coefficients" in options:  # torch.optim.Muon
         options["algorithm"] = "muon"
         options["ns"] = tuple(options.pop("ns_coefficients"))
@@ -189,6 +191,18 @@ def _translated(saved: Group) -> Group:
         options["algorithm"] = "adamw"
         options["adam_eps"] = options.pop("eps")
     return options
+
+
+def restored(value: Any) -> Any:
+    """An option from plain data: lists are tuples, and "torch.float32" is a dtype."""
+    if isinstance(value, list):
+        return tuple(restored(entry) for entry in value)
+    dtype = (
+        getattr(torch, value.removeprefix("torch."), None)
+        if isinstance(value, str) and value.startswith("torch.")
+        else None
+    )
+    return dtype if isinstance(dtype, torch.dtype) else value
 
 
 def _names_by_place(
@@ -298,7 +312,7 @@ def check_value(name: str, key: str, value: Tensor, shape: tuple[int, ...]) -> N
         raise OptimizerStateError(
             f"{name}: the saved {key} has {bad} of {local.numel()} values that are NaN or infinite. {_way_out(name)}"
         )
-    if key in ("exp_avg_sq", "step") and local.numel() and bool(local.min() < 0):
+    if key in NOT_NEGATIVE and local.numel() and bool(local.min() < 0):
         raise OptimizerStateError(
             f"{name}: the saved {key} has values below 0, down to {local.min().item()}. {_way_out(name)}"
         )

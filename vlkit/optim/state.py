@@ -40,7 +40,7 @@ from vlkit.optim.agree import (
     world,
 )
 from vlkit.optim.parts import Box, Part, Range, checksum, is_dtensor, local_box
-from vlkit.optim.saved_state import VERSION, Group, Plan, State, Wanted, check_value, listed, plan_load
+from vlkit.optim.saved_state import VERSION, Group, Plan, State, Wanted, check_value, listed, plan_load, restored
 from vlkit.optim.update import shown
 from vlkit.optim.variants import STATE_KEY
 
@@ -286,7 +286,7 @@ def _runs(runs: Sequence[Range], held: Tensor) -> Iterable[tuple[Range, Tensor]]
     return zip(runs, held.split([stop - start for start, stop in runs]) if runs else (), strict=True)
 
 
-# Options as JSON
+# Options as plain data
 
 
 def _options_of(optimizer: Muon) -> list[Group]:
@@ -296,32 +296,24 @@ def _options_of(optimizer: Muon) -> list[Group]:
     ]
 
 
+def plain(value: Any) -> Any:
+    """An option as torch's tools for states take it: dtypes and functions by name. `restored` makes dtypes of names again."""
+    return str(value) if isinstance(value, torch.dtype) else shown(value)
+
+
 def _to_json(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _to_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_to_json(entry) for entry in value]
-    if isinstance(value, torch.dtype):
-        return str(value)
-    value = shown(value)
-    if isinstance(value, Tensor):
-        return value.item()
-    return value
+    return value.item() if isinstance(value, Tensor) else plain(value)
 
 
 def _adopt(own: Group, options: Group) -> None:
     """Take over options, with dtypes, tuples and a tensor as learning rate where this optimizer has them."""
     for key, value in options.items():
-        value = _restored(value)
+        value = restored(value)
         own[key] = torch.as_tensor(value).to(own[key]) if isinstance(own.get(key), Tensor) else value
-
-
-def _restored(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_restored(entry) for entry in value)
-    if isinstance(value, str) and value.startswith("torch."):
-        return getattr(torch, value.removeprefix("torch."))
-    return value
 
 
 # Rank-local states, in torch's layout
@@ -574,7 +566,7 @@ def read_state_files(folder: Path) -> dict[str, Any]:
         state.setdefault(name, {})[key] = tensor
     try:
         groups = [
-            {key: value if key == "params" else _restored(value) for key, value in group.items()}
+            {key: value if key == "params" else restored(value) for key, value in group.items()}
             for group in description["param_groups"]
         ]
     except (KeyError, TypeError, AttributeError) as bad:
