@@ -14,17 +14,19 @@ Source: GShard, arXiv:2006.16668; without its capacity, as MegaBlocks, arXiv:221
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from vlkit.errors import ConfigError
 from vlkit.layers.moe import Experts, Router
+from vlkit.optim.parts import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def parallel_experts(model: nn.Module, axis: DeviceMesh) -> list[Experts]:
@@ -42,6 +44,8 @@ def parallel_experts(model: nn.Module, axis: DeviceMesh) -> list[Experts]:
     Raises:
         ConfigError: A rank would be without experts.
     """
+    from torch.distributed.tensor import DTensor, Shard  # here, because a run on one process need not wait for it
+
     found = [module for module in model.modules() if isinstance(module, Experts)]
     for experts in found:
         exchange = RankExchange(axis, experts.num_experts)
@@ -104,7 +108,7 @@ class RankExchange:
         return out.to(x.dtype)
 
     def _mine(self, stack: Tensor) -> Tensor:
-        local = stack.to_local() if isinstance(stack, DTensor) else stack
+        local: Tensor = stack.to_local() if is_dtensor(stack) else stack
         if local.requires_grad and torch.is_grad_enabled():
             local.register_hook(lambda grad: grad / len(self.num_held))
         return local
