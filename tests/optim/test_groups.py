@@ -454,3 +454,28 @@ def test_every_trainable_parameter_of_every_model_is_in_one_group(name: str, spl
             assert row.decays == ("weight_decay" not in group)
             if row.route == "muon":
                 assert sum(count * rows * cols for count, rows, cols in row.matrices) == parameter.numel()
+
+
+def test_gate_and_up_in_one_weight_of_timm_are_two() -> None:
+    from timm.layers import GluMlp
+
+    with torch.device("meta"):
+        model = nn.ModuleDict({"mlp": GluMlp(8, 12)})
+    assert matrices(muon_param_groups(model), "fc1.weight") == {((2, 6, 8),)}
+    assert matrices(muon_param_groups(model), "fc2.weight") == {((1, 8, 6),)}
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1e6])
+def test_clipping_counts_the_whole_model_once(limit: float) -> None:
+    """The norm is torch's over all parameters, tied ones once, and the state holds what torch's clipping leaves."""
+    model = vlkit.create_model("andesvl-tiny")
+    for i, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.1
+    optimizer = Muon(muon_param_groups(model, lr={"vision": 1e-3}), 1e-2, max_grad_norm=limit)
+    optimizer.step()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
+    assert optimizer.last_grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
+    for group in optimizer.param_groups:
+        key, share = ("momentum_buffer", 0.05) if group["algorithm"] == "muon" else ("exp_avg", 0.1)
+        for parameter in group["params"]:
+            torch.testing.assert_close(optimizer.state[parameter][key], parameter.grad * share, rtol=1e-5, atol=1e-9)
