@@ -140,6 +140,21 @@ def test_other_groups_load_without_their_options() -> None:
     assert torch.equal(other.state[copies["embed"]]["exp_avg"], optimizer.state[params["embed"]]["exp_avg"])
 
 
+def test_parameters_in_another_group_are_named() -> None:
+    def of(first: Sequence[str], second: Sequence[str]) -> Muon:
+        params = parameters()
+        return Muon(
+            [{"params": [(n, params[n]) for n in names], "algorithm": "adamw"} for names in (first, second)], 0.1
+        )
+
+    state = of(["wq", "norm"], ["embed"]).full_state_dict()
+    with pytest.raises(
+        OptimizerStateError, match=r"group 0: .*2 parameters, this one 1: .*not in this group 1 \('norm'\)"
+    ):
+        of(["wq"], ["norm", "embed"]).load_full_state_dict(state)
+    of(["embed"], ["norm", "wq"]).load_full_state_dict(state)
+
+
 def test_parameters_without_names_are_called_by_their_place(tmp_path: Path) -> None:
     params = list(parameters().values())[:2]
     optimizer = Muon(params, 0.01, **FP32)
