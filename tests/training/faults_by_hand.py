@@ -28,7 +28,7 @@ from tests.training.samples import small_config
 from tests.training.test_run_checkpoint import assert_loads, names, parts, save
 from vlkit.errors import DiskFullError, VlkitError
 from vlkit.hub.safetensors_file import MappedFile, read_header
-from vlkit.training import run_checkpoint
+from vlkit.training import run_checkpoint, train
 from vlkit.training.run_checkpoint import complete_checkpoints, save_checkpoint
 
 FILE_CALLS = (52, 5)  # of a save, on the first rank and on another
@@ -39,10 +39,11 @@ def kill_ranks(count: int, seed: int) -> None:
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
         config = small_config(folder, steps=10**6, batch=4, checkpoints={"every": 3}, schedule={"decay": 0})
+        train(config.replace(run=str(folder / "warm"), steps=2))
         times: list[float] = []
         steps: list[int] = []
         for _ in range(count):
-            started = Started(config, 2, folder / "logs")
+            started = Started(config, 2, folder / "logs", warm=True)
             begun = started.steps()
             goal = begun + rng.randint(1, 6)
             started.wait_for(lambda s=started, g=goal: s.steps() >= g)  # type: ignore[misc]
@@ -57,12 +58,13 @@ def kill_ranks(count: int, seed: int) -> None:
             assert "another rank died" in started.said(1 - victim), started.said()
             complete, skipped = complete_checkpoints(folder / "run/checkpoints")
             assert not skipped, skipped
+            print(f"step {steps[-1]}, rank {victim}: {times[-1]:.2f} s", file=sys.stderr, flush=True)
         last = int(complete[0].name.removeprefix("step-")) + 3
-        started = Started(config.replace(steps=last), 2, folder / "logs")
+        started = Started(config.replace(steps=last), 2, folder / "logs", warm=True)
         assert started.end(120) == [0, 0], started.said()
         assert not list((folder / "run/checkpoints").glob(".*"))
         whole = config.replace(run=str(folder / "whole"), steps=last)
-        started = Started(whole, 2, folder / "logs")
+        started = Started(whole, 2, folder / "logs", warm=True)
         assert started.end(600) == [0, 0], started.said()
         a, b = (MappedFile(read_header(folder / run / "model/model.safetensors")) for run in ("run", "whole"))
         equal = all(torch.equal(a.read(name), b.read(name)) for name in a.header.tensors)

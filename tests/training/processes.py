@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
 import sys
@@ -27,9 +28,13 @@ class Started:
         config: Of all ranks, or one for each.
         num_ranks: How many.
         logs: Folder for what they print.
+        warm: Fork them from this process, which has better trained before: in a fraction of the time.
     """
 
-    def __init__(self, config: TrainConfig | list[TrainConfig], num_ranks: int, logs: Path) -> None:
+    def __init__(
+        self, config: TrainConfig | list[TrainConfig], num_ranks: int, logs: Path, *, warm: bool = False
+    ) -> None:
+        context = multiprocessing.get_context("fork") if warm else CONTEXT
         configs = config if isinstance(config, list) else [config] * num_ranks
         self.config, self.logs = configs[0], logs
         logs.mkdir(exist_ok=True)
@@ -38,7 +43,7 @@ class Started:
             port = free.getsockname()[1]
         self.ranks: list[BaseProcess] = []
         for rank, own in enumerate(configs):
-            process = CONTEXT.Process(target=_life, args=(rank, num_ranks, port, own.to_dict(), logs), daemon=True)
+            process = context.Process(target=_life, args=(rank, num_ranks, port, own.to_dict(), logs), daemon=True)
             process.start()
             self.ranks.append(process)
 
