@@ -19,7 +19,7 @@ from tests.ranks import run_ranks
 from tests.training.samples import small_config
 from vlkit.errors import ConfigError, NonFiniteError, SampleError
 from vlkit.models import VisionLanguageModel
-from vlkit.training import Result, TrainConfig, train
+from vlkit.training import Result, TrainConfig, loop, train
 from vlkit.training.data import Conversations, order
 from vlkit.training.loop import blank_batch, seed_all
 
@@ -144,7 +144,6 @@ class _Planted:
     """Makes the gradients of chosen steps NaN."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-        from vlkit.training import loop
 
         gradients = loop._Run.gradients
 
@@ -179,6 +178,20 @@ def test_too_many_skipped_steps_stop_the_run(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(NonFiniteError, match=r"3 steps in a row .* step 6"):
         train(config)
     assert not (Path(config.run) / "model").exists()
+
+
+def test_a_run_looks_at_its_parts_when_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = loop.build_model
+
+    def spoilt(*args: Any, **options: Any) -> Any:
+        model = build(*args, **options)
+        with torch.no_grad():
+            model.llm.norm.weight.fill_(float("inf"))
+        return model
+
+    monkeypatch.setattr(loop, "build_model", spoilt)
+    with pytest.raises(NonFiniteError, match=r"llm\.norm gives"):
+        train(small_config(tmp_path, check_finite_every=1))
 
 
 def test_frozen_parts_stay_and_parts_have_rates(tmp_path: Path) -> None:

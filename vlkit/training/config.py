@@ -174,7 +174,7 @@ class RankOptions(Config):
     """How ranks share the work.
 
     Attributes:
-        sharding: "none": every rank has the whole model, the optimizer's state is divided (ZeRO-1). "fsdp": weights and
+        sharding: "zero1": every rank has the whole model, the optimizer's state is divided. "fsdp": weights and
             gradients are divided too.
         expert_parallel: Ranks among which the experts of a layer are divided; with "fsdp".
         replicate: Copies of the sharded model; with "fsdp".
@@ -182,14 +182,14 @@ class RankOptions(Config):
         heartbeat_seconds: A step that takes longer says so, again and again, and what it is doing.
     """
 
-    sharding: Literal["none", "fsdp"] = "none"
+    sharding: Literal["zero1", "fsdp"] = "zero1"
     expert_parallel: Size = 1
     replicate: Size = 1
     timeout_minutes: Positive = 10.0
     heartbeat_seconds: Positive = 60.0
 
     def check(self) -> None:
-        if self.sharding == "none" and (self.expert_parallel > 1 or self.replicate > 1):
+        if self.sharding == "zero1" and (self.expert_parallel > 1 or self.replicate > 1):
             raise ConfigError("RankOptions: expert_parallel and replicate need sharding = 'fsdp'")
 
 
@@ -229,6 +229,8 @@ class TrainConfig(Config):
         checkpoints: When the run is saved.
         log_every: Steps between lines of progress.
         max_skipped_steps: Steps in a row whose gradients are not finite, before the run stops.
+        check_finite_every: Steps between looks at the output of every part of the model, which stop the run at the first that is
+            not finite and name it; None never looks. See `vlkit.training.finite`.
     """
 
     run: str
@@ -251,6 +253,7 @@ class TrainConfig(Config):
     checkpoints: CheckpointOptions = CheckpointOptions()
     log_every: Size = 10
     max_skipped_steps: Size = 10
+    check_finite_every: Size | None = None
 
     def check(self) -> None:
         if (self.steps is None) == (self.epochs is None):

@@ -42,6 +42,7 @@ from vlkit.training.config import ModelSource, TrainConfig
 from vlkit.training.data import Conversations, StepReader, StepShare
 from vlkit.training.experts import balance_experts
 from vlkit.training.faults import Heartbeat, StopRequest, stop_on_signals
+from vlkit.training.finite import finite_guard
 from vlkit.training.ranks import Ranks, first_difference, launched, lost_rank
 from vlkit.training.recompute import checkpoint_blocks
 
@@ -279,7 +280,7 @@ class _Run:
         for place in range(max(1, *self.micro)):
             real = place < len(share.micro_batches)
             batch = share.micro_batches[place] if real else blank_batch(self.model)
-            with autocast(self.config, device, self.model.parts_are_sharded):
+            with autocast(self.config, device, self.model.parts_are_sharded), self.guard():
                 out = self.model(batch.to(device))
             weighted = out.loss * (out.num_targets / max(num_targets, 1))
             (weighted * self.ranks.size).backward()
@@ -287,6 +288,11 @@ class _Run:
             if real and load is not None:
                 load += out.expert_load
         return loss, load
+
+    def guard(self) -> AbstractContextManager[None]:
+        """Looks for numbers that are not finite, in the steps that are to be looked at."""
+        every = self.config.check_finite_every
+        return finite_guard(self.model) if every and self.progress.step % every == 0 else nullcontext()
 
     # What is told and kept
 
@@ -559,7 +565,7 @@ def make_optimizer(model: VisionLanguageModel, config: TrainConfig, ranks: Ranks
         if options.kind == "muon" and group["algorithm"] == "adamw":
             group["lr"] = group.get("lr", options.lr) * options.vector_rate
     over_ranks: dict[str, Any] = {}
-    if ranks.group is not None and config.ranks.sharding == "none":
+    if ranks.group is not None and config.ranks.sharding == "zero1":
         over_ranks = {"process_group": ranks.group, "grad_sync": "reduce_scatter", "partition": options.partition}
     return Muon(
         groups,
