@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.training.processes import PATIENCE, Started
+from tests.training.processes import Started
 from tests.training.samples import small_config
 from tests.training.test_run_checkpoint import assert_loads, names, parts, save
 from vlkit.errors import DiskFullError, VlkitError
@@ -31,6 +31,7 @@ from vlkit.hub.safetensors_file import MappedFile, read_header
 from vlkit.training import run_checkpoint, train
 from vlkit.training.run_checkpoint import complete_checkpoints, save_checkpoint
 
+PATIENCE = 30.0  # seconds within which all ranks have to be gone when one is
 FILE_CALLS = (52, 5)  # of a save, on the first rank and on another
 
 
@@ -51,7 +52,7 @@ def kill_ranks(count: int, seed: int) -> None:
             steps.append(started.steps())
             victim, at = rng.randrange(2), time.monotonic()
             started.kill(victim, signal.SIGKILL)
-            codes = started.end()
+            codes = started.end(PATIENCE)
             times.append(time.monotonic() - at)
             assert codes[victim] == -signal.SIGKILL, codes
             assert codes[1 - victim] == 1, (codes, started.said())
