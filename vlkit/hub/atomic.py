@@ -68,7 +68,7 @@ def write_folder(
         raise
     if old is not None:
         _clear(old, target, replaces)
-    sync_folder(target.parent)
+    sync(target.parent)
     return target
 
 
@@ -142,13 +142,14 @@ def _sync_tree(folder: Path) -> None:
         for name in names:
             with open(os.path.join(root, name), "rb") as file:
                 os.fsync(file.fileno())
-        sync_folder(Path(root))
+        sync(Path(root))
 
 
-def sync_folder(folder: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     if os.name != "posix":
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as failure:

@@ -17,16 +17,12 @@ from torch import Tensor
 
 from vlkit.errors import ConfigError
 from vlkit.optim.partition import Holding, Place, Share, Split, joined_units, work_of
+from vlkit.optim.parts import is_dtensor
 from vlkit.optim.units import Span, Units, cut_of
 
 if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
-
-
-def is_dtensor(tensor: object) -> bool:
-    """Without importing what only DTensors need."""
-    return hasattr(tensor, "placements")
 
 
 def local_of(tensor: Tensor) -> Tensor:

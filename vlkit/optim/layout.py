@@ -22,8 +22,9 @@ from torch import Tensor
 from vlkit.errors import ConfigError
 from vlkit.optim import collectives
 from vlkit.optim.agree import gather_json
-from vlkit.optim.dtensor import axes_of, copies_of, first_element, holdings_of, is_dtensor, like_parameter, local_of
+from vlkit.optim.dtensor import axes_of, copies_of, first_element, holdings_of, like_parameter, local_of
 from vlkit.optim.partition import Bucket, Held, Holding, Place, SplitStrategy, deal_flat, deal_spans, holding_of
+from vlkit.optim.parts import is_dtensor
 from vlkit.optim.units import Span, cut_of, spans_of, units_of
 from vlkit.optim.update import Block, shown
 from vlkit.optim.variants import STATE_KEY, row_places
@@ -317,7 +318,7 @@ def _zero1(
 
 def _fsdp(members: Sequence[Member]) -> Layout:
     """Plain parameters among DTensors are taken to be on every rank, with equal gradients."""
-    meshes = {id(p.device_mesh): p.device_mesh for p, _, _ in members if is_dtensor(p)}  # type: ignore[attr-defined]
+    meshes = {id(p.device_mesh): p.device_mesh for p, _, _ in members if is_dtensor(p)}
     largest = max(meshes.values(), key=lambda mesh: mesh.size())
     ranks = set(largest.mesh.flatten().tolist())
     for parameter, name, _ in members:

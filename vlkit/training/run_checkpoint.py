@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlkit.errors import CheckpointError, CorruptCheckpointError, DiskFullError
-from vlkit.hub.atomic import NO_SPACE, check_space, sync_folder
+from vlkit.hub.atomic import NO_SPACE, check_space, sync
 from vlkit.hub.strict_json import read_json
 from vlkit.optim import Muon
 from vlkit.optim.agree import broadcast_json, gather_json, raise_together, rank_in
@@ -91,9 +91,9 @@ def save_checkpoint(
             if first:
                 _write(partial / STATE, dict(state))
                 _write(partial / MANIFEST, {"version": VERSION, "step": step, "files": _listed(partial)})
-                sync_folder(partial)
+                sync(partial)
                 os.rename(partial, target)
-                sync_folder(folder)
+                sync(folder)
     except BaseException as error:
         if first:
             shutil.rmtree(partial, ignore_errors=True)

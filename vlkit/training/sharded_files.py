@@ -9,10 +9,8 @@ stores it all; a DTensor, under FSDP2 for example; a `Part` of an optimizer's st
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vlkit.errors import CheckpointError, CorruptCheckpointError, DiskFullError, KeyMismatchError
-from vlkit.hub.atomic import NO_SPACE, check_space
+from vlkit.hub.atomic import NO_SPACE, check_space, sync
 from vlkit.hub.safetensors_file import MappedFile, read_header, write_safetensors
 from vlkit.hub.strict_json import read_json
 from vlkit.optim.agree import gather_json, num_ranks_in, raise_together, rank_in, world
@@ -88,7 +86,7 @@ def save_shards(folder: Path | str, tensors: Mapping[str, Tensor], group: dist.P
         folder.mkdir(parents=True, exist_ok=True)
         layout = [(key, view.dtype, tuple(view.shape)) for key, (_, _, view) in mine.items()]
         write_safetensors(folder / file, layout, read)
-        _sync(folder / file)
+        sync(folder / file)
 
     _together(write, folder, group)
     stored: dict[str, list[Any]] = {name: [] for name in tensors}
@@ -101,8 +99,8 @@ def save_shards(folder: Path | str, tensors: Mapping[str, Tensor], group: dist.P
             entries = {name: {**table[name], "pieces": stored[name]} for name in tensors}
             with (folder / INDEX).open("x", encoding="utf-8") as out:
                 json.dump({"version": VERSION, "num_ranks": num_ranks, "tensors": entries}, out, separators=(",", ":"))
-            _sync(folder / INDEX)
-            _sync(folder)
+            sync(folder / INDEX)
+            sync(folder)
 
     _together(write_index, folder, group)
 
@@ -171,17 +169,6 @@ def _fingerprint(table: Mapping[str, Any]) -> int:
 def _key(name: str, box: Box) -> str:
     places = ",".join(f"{first}:{first + size}" for first, size in zip(box.offsets, box.sizes, strict=True))
     return f"{name}[{places}]"
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as failure:
-        if failure.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
-            raise
-    finally:
-        os.close(handle)
 
 
 def _together(work: Callable[[], Result], folder: Path, group: dist.ProcessGroup | None) -> Result | None:
