@@ -180,6 +180,26 @@ def test_too_many_skipped_steps_stop_the_run(tmp_path: Path, monkeypatch: pytest
     assert not (Path(config.run) / "model").exists()
 
 
+def test_a_step_without_a_supervised_token_changes_nothing_and_too_many_end_the_run(tmp_path: Path) -> None:
+    good = json.dumps({"messages": [{"role": "user", "content": "z"}, {"role": "assistant", "content": "yes"}]}) + "\n"
+    (tmp_path / "train.jsonl").write_text(good + "{}\n" * 3)
+    data = {"files": [str(tmp_path / "train.jsonl")], "shuffle": False, "corrupt": "skip", "workers": 0}
+    options = {"data": data, "batch": 1, "schedule": {"decay": 0}}
+    one, two = (small_config(tmp_path, steps=n, run=str(tmp_path / str(n)), **options) for n in (1, 2))
+    train(one)
+    lines: list[str] = []
+    result = train(two, say=lines.append)
+    assert (result.skipped_steps, result.corrupt_samples) == (1, 1)
+    assert lines[-1].startswith("1 of 2 samples were corrupt")
+    assert_close(weights(two), weights(one), rtol=0, atol=0)
+    with pytest.raises(SampleError, match=r"3 of the last 3 steps had no supervised token, .* 3 of their 3 samples"):
+        train(small_config(tmp_path, steps=9, max_skipped_steps=2, **options))
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    with pytest.raises(SampleError, match="2 of the last 2 steps had no supervised token"):
+        train(small_config(tmp_path, steps=2, run=str(tmp_path / "never"), **options))
+    assert not (tmp_path / "never/model").exists()
+
+
 def test_a_run_looks_at_its_parts_when_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = loop.build_model
 

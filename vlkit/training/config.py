@@ -228,7 +228,8 @@ class TrainConfig(Config):
         ranks: How ranks share the work.
         checkpoints: When the run is saved.
         log_every: Steps between lines of progress.
-        max_skipped_steps: Steps in a row whose gradients are not finite, before the run stops.
+        max_skipped_steps: Steps in a row that change nothing, before the run stops: their gradients are not finite, or none of
+            their samples has a supervised token.
         check_finite_every: Steps between looks at the output of every part of the model, which stop the run at the first that is
             not finite and name it; None never looks. See `vlkit.training.finite`.
     """

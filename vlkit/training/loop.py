@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlkit.errors import CheckpointError, ConfigError, CorruptCheckpointError, NonFiniteError, RankError
+from vlkit.errors import CheckpointError, ConfigError, CorruptCheckpointError, NonFiniteError, RankError, SampleError
 from vlkit.layers.moe import Router
 from vlkit.models import VisionLanguageModel
 from vlkit.models.factory import compose, create_model, create_processor
@@ -60,7 +60,7 @@ class Result:
         steps: Steps done, those of earlier parts of the run included.
         tokens: Tokens that went through the decoder.
         loss: Of the last step, in nats per supervised token; None if no step was done now.
-        skipped_steps: Steps whose gradients were not finite.
+        skipped_steps: Steps that changed nothing: gradients that were not finite, or no supervised token.
         corrupt_samples: Samples left out because they cannot be used.
         checkpoint: The newest checkpoint.
         model: Folder of the saved model; None if the run was stopped before its end.
@@ -86,6 +86,8 @@ class _Progress:
     tokens: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    untaught_in_a_row: int = 0  # of these, the steps without a supervised token
+    corrupt_in_a_row: int = 0  # samples left out in these
     corrupt_samples: int = 0
 
 
@@ -183,12 +185,7 @@ class _Run:
                     seconds = time.perf_counter() - begun
                     self.log(done, counted / max(seconds, 1e-9))
                     begun, counted = time.perf_counter(), 0
-                if self.progress.skipped_in_a_row > config.max_skipped_steps:
-                    raise NonFiniteError(
-                        f"{self.progress.skipped_in_a_row} steps in a row had gradients that are not finite, the last is step "
-                        f"{self.progress.step}; weights and state are those of the last good step. Lower the learning rate, "
-                        "compute in bfloat16 or float32, or look at the data"
-                    )
+                self.check_learning()
                 every = config.checkpoints.every
                 if every is not None and self.progress.step % every == 0 and self.progress.step < self.total:
                     self.save()
@@ -196,6 +193,11 @@ class _Run:
         self.heartbeat.now("saving the model")
         model = save_model(self.model, processor, self.folder / MODEL, ranks)
         self.say(f"saved {model}")
+        if self.progress.corrupt_samples:
+            self.say(
+                f"{self.progress.corrupt_samples} of {self.progress.samples} samples were corrupt and left out; "
+                "data.corrupt = 'refuse' stops at the first and names its file and line"
+            )
         return self.result(loss, model=model)
 
     # The parts
@@ -246,22 +248,49 @@ class _Run:
         factor = learning_rate_factor(config, self.total, progress.step)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
-        loss, load = self.gradients(share, sum(self.targets))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        total = ranks.sum(loss)
-        skipped = self.optimizer.last_step_skipped
-        if load is not None and config.balance_rate and not skipped:
-            balance_experts(self.model, load, config.balance_rate, group=ranks.group)
-        norm = self.optimizer.last_grad_norm
+        total, norm, skipped = float("nan"), None, True
+        if taught := sum(self.targets) > 0:  # else gradients of zeros would let decay and momentum move the weights
+            loss, load = self.gradients(share, sum(self.targets))
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            total = float(ranks.sum(loss))
+            skipped, norm = self.optimizer.last_step_skipped, self.optimizer.last_grad_norm
+            if load is not None and config.balance_rate and not skipped:
+                balance_experts(self.model, load, config.balance_rate, group=ranks.group)
         progress.step += 1
         progress.samples += config.batch
         progress.tokens += sum(self.tokens)
         progress.corrupt_samples += sum(self.corrupt)
         progress.skipped_steps += skipped
-        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
-        return _Done(
-            float(total), float("nan") if norm is None else float(norm), skipped, sum(self.tokens), sum(self.corrupt)
+        if skipped:
+            progress.skipped_in_a_row += 1
+            progress.untaught_in_a_row += not taught
+            progress.corrupt_in_a_row += sum(self.corrupt)
+        else:
+            progress.skipped_in_a_row = progress.untaught_in_a_row = progress.corrupt_in_a_row = 0
+        return _Done(total, float("nan") if norm is None else float(norm), skipped, sum(self.tokens), sum(self.corrupt))
+
+    def check_learning(self) -> None:
+        """Stop a run that has not learnt anything for too many steps, or in all of them.
+
+        Raises:
+            SampleError: Some of these steps had no supervised token.
+            NonFiniteError: The gradients were not finite.
+        """
+        progress = self.progress
+        row = progress.skipped_in_a_row
+        if row <= self.config.max_skipped_steps and row < self.total:
+            return
+        if progress.untaught_in_a_row:
+            raise SampleError(
+                f"{progress.untaught_in_a_row} of the last {row} steps had no supervised token, and the others no finite "
+                f"gradients, up to step {progress.step}; {progress.corrupt_in_a_row} of their "
+                f"{row * self.config.batch} samples were corrupt. Nothing was learnt in them. Look at the paths of the "
+                "images and at data.max_tokens; data.corrupt = 'refuse' names file, line and reason of the first sample"
+            )
+        raise NonFiniteError(
+            f"{row} steps in a row had gradients that are not finite, the last is step {progress.step}; weights and state "
+            "are those of the last good step. Lower the learning rate, compute in bfloat16 or float32, or look at the data"
         )
 
     def gradients(self, share: StepShare, num_targets: int) -> tuple[Tensor, Tensor | None]:
