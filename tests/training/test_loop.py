@@ -260,6 +260,19 @@ def test_corrupt_samples_stop_the_run_or_are_counted(tmp_path: Path) -> None:
     assert train(skipping).corrupt_samples == 1
 
 
+@pytest.mark.parametrize("max_tokens", [None, 10**6])
+def test_a_sample_longer_than_the_positions_of_the_decoder_is_corrupt(tmp_path: Path, max_tokens: int | None) -> None:
+    config = small_config(tmp_path, steps=3)
+    messages = [{"role": "user", "content": "x" * 5000}, {"role": "assistant", "content": "y"}]
+    with open(tmp_path / "train.jsonl", "a") as file:
+        file.write(json.dumps({"messages": messages}) + "\n")
+    config = config.replace(data=config.data.replace(max_tokens=max_tokens))
+    with pytest.raises(SampleError, match=r"line 14: \d+ tokens, more than the 4096 positions of the decoder"):
+        train(config)
+    skipping = config.replace(data=config.data.replace(corrupt="skip"))
+    assert train(skipping).corrupt_samples == 1
+
+
 def test_a_folder_with_checkpoints_is_not_begun_anew(tmp_path: Path) -> None:
     config = small_config(tmp_path, steps=1)
     train(config)

@@ -80,7 +80,8 @@ class DataSource(Config):
         files: JSON lines. Images lie in the file's own folder or below; their paths are relative to it.
         shuffle: Draw a new order for every epoch; else the order of the files.
         corrupt: What happens to a sample that cannot be used: stop with its file and line, or leave it out and count it.
-        max_tokens: A sample with more tokens counts as corrupt.
+        max_tokens: A sample with more tokens counts as corrupt; None takes the decoder's positions, which are the limit in any
+            case.
         workers: Threads that prepare the next step's samples meanwhile; 0 prepares them in between.
     """
 

@@ -219,6 +219,7 @@ class StepReader:
         shuffle: Whether every epoch has another order.
         skip_corrupt: Leave out samples that cannot be used.
         max_tokens: Samples with more cannot be used.
+        positions: Of the decoder: neither can samples with more tokens than these.
         max_samples: Of a micro-batch.
         max_batch_tokens: Of a micro-batch of more than one sample.
         workers: Threads; 0 prepares a step when it is asked for.
@@ -236,6 +237,7 @@ class StepReader:
         shuffle: bool = True,
         skip_corrupt: bool = False,
         max_tokens: int | None = None,
+        positions: int | None = None,
         max_samples: int | None = None,
         max_batch_tokens: int | None = None,
         workers: int = 0,
@@ -243,7 +245,8 @@ class StepReader:
         self.data, self.processor = data, processor
         self.batch, self.rank, self.num_ranks = batch, rank, num_ranks
         self.seed, self.shuffle, self.skip_corrupt = seed, shuffle, skip_corrupt
-        self.max_tokens, self.max_samples, self.max_batch_tokens = max_tokens, max_samples, max_batch_tokens
+        self.max_tokens, self.positions = max_tokens, positions
+        self.max_samples, self.max_batch_tokens = max_samples, max_batch_tokens
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="samples") if workers else None
         self._ahead: tuple[int, list[Future[Batch | None]]] | None = None
 
@@ -296,11 +299,16 @@ class StepReader:
             sample["messages"], sample.get("images"), sample.get("videos"), tools=sample.get("tools"), labels=True
         )
         num_tokens = batch.ids.layout.num_tokens
-        if self.max_tokens is not None and num_tokens > self.max_tokens:
-            raise SequenceTooLongError(
-                f"{num_tokens} tokens, more than data.max_tokens = {self.max_tokens}; "
-                "corrupt = 'skip' leaves such samples out"
-            )
+        limits = (
+            (self.max_tokens, f"data.max_tokens = {self.max_tokens}"),
+            (self.positions, f"the {self.positions} positions of the decoder"),
+        )
+        for limit, name in limits:
+            if limit is not None and num_tokens > limit:
+                raise SequenceTooLongError(
+                    f"{num_tokens} tokens, more than {name}; cut the sample, or leave such samples out with "
+                    "data.corrupt = 'skip'"
+                )
         return batch
 
     def _share(self, prepared: Sequence[Batch | None]) -> StepShare:

@@ -214,6 +214,7 @@ class _Run:
             shuffle=config.data.shuffle,
             skip_corrupt=config.data.corrupt == "skip",
             max_tokens=config.data.max_tokens,
+            positions=self.model.llm.config.max_positions,
             max_samples=config.micro_batch,
             max_batch_tokens=config.micro_batch_tokens,
             workers=config.data.workers,
