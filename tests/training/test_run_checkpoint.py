@@ -115,6 +115,16 @@ def test_damage_is_named(tmp_path: Path, damaged: Damage) -> None:
     assert damaged.file.rpartition("/")[2] in skipped[0]
 
 
+def test_a_checkpoint_with_the_name_of_another_step_is_not_taken(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    save(tmp_path, 6)
+    (tmp_path / "step-00000004").rename(tmp_path / "step-00000009")
+    complete, (line,) = complete_checkpoints(tmp_path)
+    assert [path.name for path in complete] == ["step-00000006"]
+    assert line.startswith("step-00000009 is skipped")
+    assert "manifest.json is of step 4" in line
+
+
 def test_damage_in_a_large_file_is_found_when_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlkit.training.run_checkpoint.SMALL", 0)
     path = save(tmp_path, 2)

@@ -161,10 +161,10 @@ def published(folder: Path) -> list[Path]:
 
 
 def check_complete(path: Path) -> None:
-    """Compare a checkpoint with its manifest: names and sizes of all files, and the contents of small ones.
+    """Compare a checkpoint with its manifest: its step, names and sizes of all files, and the contents of small ones.
 
     Raises:
-        CorruptCheckpointError: No manifest, or a file that is missing or has changed.
+        CorruptCheckpointError: No manifest, one of another step, or a file that is missing or has changed.
     """
     if not (path / MANIFEST).is_file():
         raise CorruptCheckpointError(f"{path}: no {MANIFEST}, so it was never finished")
@@ -172,6 +172,11 @@ def check_complete(path: Path) -> None:
     if manifest.get("version") != VERSION or not isinstance(manifest.get("files"), list):
         raise CorruptCheckpointError(
             f"{path / MANIFEST}: version {manifest.get('version')!r}, this release reads {VERSION}"
+        )
+    step = manifest.get("step")
+    if isinstance(step, bool) or not isinstance(step, int) or path.name != checkpoint_name(step):
+        raise CorruptCheckpointError(
+            f"{path}: {MANIFEST} is of step {step!r}, and the folder has the name of another; give it back its own name"
         )
     for entry in manifest["files"]:
         try:
