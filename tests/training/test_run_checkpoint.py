@@ -26,6 +26,7 @@ from vlkit.training.run_checkpoint import (
     complete_checkpoints,
     load_checkpoint,
     published,
+    run_lock,
     save_checkpoint,
 )
 
@@ -76,6 +77,24 @@ def test_a_published_checkpoint_is_never_written_to_again(tmp_path: Path) -> Non
         save_checkpoint(tmp_path, 1, *parts(5.0), {})
     assert {file: file.read_bytes() for file in (tmp_path / "step-00000001").rglob("*") if file.is_file()} == before
     assert names(tmp_path) == ["LATEST", "step-00000001"]
+
+
+def test_two_runs_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    config = small_config(tmp_path, steps=1)
+    with run_lock(tmp_path / "run"):
+        with pytest.raises(CheckpointError, match=rf"run: another run is at work here, process {os.getpid()} on "):
+            train(config)
+        assert names(tmp_path / "run") == [".lock"]
+    train(config)
+
+
+def test_a_file_in_the_place_of_the_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(CheckpointError, match="run: there is a file where a folder is needed"):
+        train(small_config(tmp_path))
+    with pytest.raises(CheckpointError, match="run/inner: there is a file where a folder is needed"):
+        train(small_config(tmp_path, run=str(tmp_path / "run/inner")))
+    assert (tmp_path / "run").read_text() == "mine"
 
 
 class Damage(NamedTuple):

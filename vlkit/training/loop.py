@@ -17,7 +17,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -164,6 +164,20 @@ class _Run:
             shapes, processor = describe_model(config)
             self.fingerprint = fingerprint(config, shapes, processor, data)
         ranks.check_equal({"config": config.to_dict(), **self.fingerprint}, "the ranks do not run the same")
+        with self.alone():
+            return self.work(data, shapes, processor, resume)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the run's folder: the first rank does, for all."""
+        with ExitStack() as held:
+            with self.ranks.together():
+                if self.ranks.first:
+                    held.enter_context(run_checkpoint.run_lock(self.folder))
+            yield
+
+    def work(self, data: Conversations, shapes: VisionLanguageModel, processor: Processor, resume: bool) -> Result:
+        config, ranks = self.config, self.ranks
         self.model = build_model(config, shapes, ranks)
         self.optimizer = make_optimizer(self.model, config, ranks)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -385,7 +399,6 @@ class _Run:
             found: list[Path] = []
             skipped: list[str] = []
             if self.ranks.first:
-                self.folder.mkdir(parents=True, exist_ok=True)
                 found, skipped = run_checkpoint.complete_checkpoints(folder)
                 if run_checkpoint.published(folder) and not resume:
                     raise ConfigError(f"{folder} has checkpoints; resume the run, or give it another folder with `run`")

@@ -19,6 +19,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,50 @@ from vlkit.optim.agree import broadcast_json, gather_json, raise_together, rank_
 from vlkit.optim.parts import Part, is_dtensor, pieces_of
 from vlkit.training.sharded_files import load_shards, save_shards
 
-MANIFEST, STATE, LATEST = "manifest.json", "state.json", "LATEST"
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+MANIFEST, STATE, LATEST, LOCK = "manifest.json", "state.json", "LATEST", ".lock"
 SMALL = 2**20  # bytes up to which the manifest has a file's SHA-256; shards have checksums of their own
 SPARE = 2**16  # bytes for the small files
 VERSION = 1
 _PUBLISHED = re.compile(r"step-(\d{8,})")
 _HIDDEN = re.compile(r"\..*\.partial")
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, which is made if it is not there, so that no second run works in it.
+
+    The lock is the system's own on a file `.lock` that names its holder, and ends with the process however that ends. File
+    systems without locks go without.
+
+    Raises:
+        CheckpointError: Another run works in the folder, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise _explained(error, folder) from error
+    with file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise CheckpointError(
+                f"{folder}: another run is at work here, {file.read().strip() or 'which does not say its name'}; wait for "
+                "its end, or give this run another folder with `run`"
+            ) from None
+        except OSError:
+            pass  # no locks here
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def save_checkpoint(
@@ -235,6 +274,10 @@ def _together(folder: Path, group: dist.ProcessGroup | None) -> Iterator[None]:
 def _explained(error: OSError, folder: Path) -> CheckpointError:
     if error.errno in NO_SPACE:
         return DiskFullError(f"{folder}: no space left while saving; the older checkpoints are whole")
+    if isinstance(error, FileExistsError | NotADirectoryError) and not folder.is_dir():
+        return CheckpointError(
+            f"{folder}: there is a file where a folder is needed; give the run another one with `run`"
+        )
     named = f" ({error.filename})" if error.filename else ""
     return CheckpointError(f"{folder}: cannot be written: {error.strerror or error}{named}")
 
