@@ -35,6 +35,7 @@ Form = Literal["auto", "standard", "gram"]
 # Bounds on the polynomial: see Polynomial.check.
 OVERSHOOT = 1.02  # rounding in bf16 can leave a normalised singular value this far above 1
 LARGEST_RESULT = 1.35
+MOST_STEPS = 100  # what does not converge in as many never does
 
 EPS = 1e-30  # only keeps 0 / 0 away; 1e-7 would leave gradients smaller than that un-orthogonalised
 
@@ -68,9 +69,9 @@ def polar_coefficients(
         and microsoft/dion use; cushion 0.02407327424182761 with safety 1 gives the paper's; cushion 0 gives that of
         CANS.
     """
-    if not 0 < lower < 1 or steps < 1 or cushion < 0 or safety < 1:
+    if not 0 < lower < 1 or not 1 <= steps <= MOST_STEPS or cushion < 0 or safety < 1:
         raise ConfigError(
-            f"polar_coefficients: needs 0 < lower < 1, steps >= 1, cushion >= 0 and safety >= 1; "
+            f"polar_coefficients: needs 0 < lower < 1, 1 <= steps <= {MOST_STEPS}, cushion >= 0 and safety >= 1; "
             f"found lower={lower}, steps={steps}, cushion={cushion}, safety={safety}"
         )
     low, high, rows = lower, 1.0, []
@@ -146,9 +147,14 @@ class Polynomial:
 
         Raises:
             ConfigError: The result is negative somewhere on (0, 1.02], so a dominant direction would come out reversed;
-                or it exceeds 1.35 there and dtype has fewer than 24 bits.
+                or it exceeds 1.35 there and dtype has fewer than 24 bits; or it is infinite.
         """
         smallest, largest = _range_of(self)
+        if not math.isfinite(largest):
+            raise ConfigError(
+                f"with these Newton-Schulz coefficients singular values grow without bound in {len(self.rows)} steps, so no "
+                f"matrix would come out finite. Coefficients of a step: {self.rows[0]}"
+            )
         if not smallest > 0:
             raise ConfigError(
                 f"these Newton-Schulz coefficients map a singular value in (0, {OVERSHOOT}] to {smallest:.3g}: "
@@ -213,8 +219,8 @@ def resolve_polynomial(ns: str | Triple | Sequence[Triple], steps: int | None = 
     Raises:
         ConfigError: An unknown name, fewer than one step, or coefficients of another form.
     """
-    if steps is not None and steps < 1:
-        raise ConfigError(f"Newton-Schulz needs at least one step, found steps={steps}")
+    if steps is not None and not 1 <= steps <= MOST_STEPS:
+        raise ConfigError(f"Newton-Schulz takes 1 to {MOST_STEPS} steps, found steps={steps}; 5 are usual")
     if isinstance(ns, str):
         if ns not in PRESETS:
             raise ConfigError(f"unknown Newton-Schulz preset {ns!r}; there are {', '.join(PRESETS)}")
@@ -225,7 +231,12 @@ def resolve_polynomial(ns: str | Triple | Sequence[Triple], steps: int | None = 
         raise ConfigError(
             f"Newton-Schulz coefficients are a preset name, (a, b, c), or a list of (a, b, c); found {ns!r}"
         )
-    triples = [(float(row[0]), float(row[1]), float(row[2])) for row in rows]  # type: ignore[index]
+    try:
+        triples = [(float(row[0]), float(row[1]), float(row[2])) for row in rows]  # type: ignore[index]
+    except (TypeError, ValueError):
+        raise ConfigError(f"Newton-Schulz coefficients are numbers, found {ns!r}") from None
+    if len(triples) > MOST_STEPS:
+        raise ConfigError(f"Newton-Schulz takes 1 to {MOST_STEPS} steps, found {len(triples)} rows of coefficients")
     default = 5 if len(triples) == 1 else len(triples)
     chosen = _repeat_last(triples, default if steps is None else steps)
     # Of a table as steep as Polar Express nothing is known; it takes single steps.
