@@ -290,6 +290,17 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert_close(weights(config), before, rtol=0, atol=0)
 
 
+def test_a_run_is_not_made_shorter_than_it_is(tmp_path: Path) -> None:
+    config = small_config(tmp_path, steps=2)
+    train(config)
+    (tmp_path / "run/model/config.json").unlink()
+    lines: list[str] = []
+    with pytest.raises(ConfigError, match=r"step-00000002: 2 steps are done, and the config asks for 1"):
+        train(config.replace(steps=1), say=lines.append)
+    assert not lines
+    assert not (tmp_path / "run/model/config.json").exists()
+
+
 def test_other_data_or_another_model_is_refused_and_another_rate_is_said(tmp_path: Path) -> None:
     config = small_config(tmp_path, steps=2)
     train(config)
@@ -301,7 +312,7 @@ def test_other_data_or_another_model_is_refused_and_another_rate_is_said(tmp_pat
         train(longer.replace(seed=1))
     lines: list[str] = []
     assert train(longer, say=lines.append).steps == 3
-    assert "changed since step-00000002: steps: found 3, expected 2" in lines
+    assert "changed since step-00000002: steps: was 2, is now 3" in lines
     assert any("optimizer.lr" in line for line in lines)
     with open(tmp_path / "train.jsonl", "a") as file:
         file.write((tmp_path / "train.jsonl").read_text().splitlines()[0] + "\n")

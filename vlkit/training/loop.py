@@ -43,7 +43,7 @@ from vlkit.training.data import Conversations, StepReader, StepShare
 from vlkit.training.experts import balance_experts
 from vlkit.training.faults import Heartbeat, StopRequest, stop_on_signals
 from vlkit.training.finite import finite_guard
-from vlkit.training.ranks import Ranks, first_difference, launched, lost_rank
+from vlkit.training.ranks import Ranks, as_change, first_difference, launched, lost_rank
 from vlkit.training.recompute import checkpoint_blocks
 
 CHECKPOINTS, METRICS, MODEL = "checkpoints", "metrics.jsonl", "model"
@@ -435,7 +435,7 @@ class _Run:
                 os.rename(path, path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
 
     def check_resumable(self, path: Path) -> None:
-        """Refuse to go on with another model or other data; say what else has changed."""
+        """Refuse to go on with another model or other data, or beyond the end; say what else has changed."""
         state = run_checkpoint.read_state(path)
         saved = state["fingerprint"]
         for key in FIXED:
@@ -443,14 +443,19 @@ class _Run:
                 raise ConfigError(
                     f"{path}: the run cannot go on with this config: {difference}. Give the new run another folder with `run`"
                 )
+        if (done := state["progress"]["step"]) > self.total:
+            raise ConfigError(
+                f"{path}: {done} steps are done, and the config asks for {self.total}: there is nothing to do, and nothing was "
+                "changed. Ask for more steps, or give the shorter run another folder with `run`"
+            )
         ours = json.loads(json.dumps(self.config.to_dict()))
         for key, value in ours.items():
             if key not in ("run", "model", "data") and (
-                difference := first_difference(state["config"].get(key), value, key)
+                difference := first_difference(state["config"].get(key), value, key, as_change)
             ):
                 self.say(f"changed since {path.name}: {difference}")
         if state["ranks"] != self.ranks.size:
-            self.say(f"changed since {path.name}: {self.ranks.size} ranks, before {state['ranks']}")
+            self.say(f"changed since {path.name}: ranks: {as_change(str(state['ranks']), str(self.ranks.size))}")
 
     def stopped(self, loss: float | None) -> Result:
         self.save()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -160,8 +160,20 @@ def lost_rank(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in LOST)
 
 
-def first_difference(expected: Any, found: Any, where: str = "") -> str | None:
-    """Where two JSON values first differ, with both values; None where they are equal."""
+def as_mistake(expected: str, found: str) -> str:
+    """How a difference is told where both should be equal."""
+    return f"found {found}, expected {expected}"
+
+
+def as_change(before: str, now: str) -> str:
+    """How a difference is told where a change is allowed."""
+    return f"was {before}, is now {now}"
+
+
+def first_difference(
+    expected: Any, found: Any, where: str = "", tell: Callable[[str, str], str] = as_mistake
+) -> str | None:
+    """Where two JSON values first differ, with both values as `tell` puts them; None where they are equal."""
     if isinstance(found, tuple):
         found = list(found)
     if isinstance(expected, tuple):
@@ -171,23 +183,21 @@ def first_difference(expected: Any, found: Any, where: str = "") -> str | None:
             inside = f"{where}.{key}" if where else str(key)
             if key not in found or key not in expected:
                 return f"{inside}: " + (
-                    f"found nothing, expected {_short(expected[key])}"
-                    if key in expected
-                    else f"found {_short(found[key])}, expected nothing"
+                    tell(_short(expected[key]), "nothing") if key in expected else tell("nothing", _short(found[key]))
                 )
-            if difference := first_difference(expected[key], found[key], inside):
+            if difference := first_difference(expected[key], found[key], inside, tell):
                 return difference
         return None
     if isinstance(expected, list) and isinstance(found, list):
         for index, (a, b) in enumerate(zip(expected, found, strict=False)):
-            if difference := first_difference(a, b, f"{where}[{index}]"):
+            if difference := first_difference(a, b, f"{where}[{index}]", tell):
                 return difference
         if len(expected) == len(found):
             return None
-        return f"{where}: found {len(found)} entries, expected {len(expected)}"
+        return f"{where}: {tell(str(len(expected)), f'{len(found)} entries')}"
     if expected == found and type(expected) is type(found):
         return None
-    return f"{where}: found {_short(found)}, expected {_short(expected)}"
+    return f"{where}: {tell(_short(expected), _short(found))}"
 
 
 def _short(value: Any) -> str:
