@@ -22,6 +22,7 @@ from vlkit.models import VisionLanguageModel
 from vlkit.training import Result, TrainConfig, loop, train
 from vlkit.training.data import Conversations, order
 from vlkit.training.loop import blank_batch, seed_all
+from vlkit.training.ranks import Ranks
 
 
 def weights(config: TrainConfig) -> dict[str, Tensor]:
@@ -288,6 +289,34 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert result.loss is None
     assert result.steps == 2
     assert_close(weights(config), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({"kind": "adamw"}, r'optimizer\.kind: was "muon", is now "adamw"'),
+        ({"part_lr": {"vision": 1e-3}}, r'optimizer\.part_lr: was null, is now \{"vision": 0\.001\}'),
+        ({"decay_vectors": False}, r"optimizer\.decay_vectors: was true, is now false"),
+    ],
+)
+def test_another_grouping_of_the_optimizer_is_refused(tmp_path: Path, options: dict[str, Any], change: str) -> None:
+    train(small_config(tmp_path, steps=1, batch=1))
+    with pytest.raises(ConfigError, match=rf"cannot go on with this config: .* \({change}\)\. Set that back"):
+        train(small_config(tmp_path, steps=2, batch=1, optimizer={"lr": 3e-3, **options}))
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_the_rate_of_the_run_is_the_one_that_decays_over_layers(tmp_path: Path, kind: str) -> None:
+    decay = {"layer_decay": {"vision": 0.5}, "part_lr": {"projector": 2e-3}}
+    config = small_config(tmp_path, optimizer={"kind": kind, "lr": 1e-3, **decay})
+    model = vlkit.create_model("kimi-vl-tiny")
+    groups = loop.make_optimizer(model, config, Ranks(0, 1, torch.device("cpu"))).param_groups
+    rates = {name: group["lr"] for group in groups for name in group["param_names"]}
+    depth = len(model.vision.blocks)
+    assert rates[f"vision.blocks.{depth - 1}.attn.q.weight"] == pytest.approx(1e-3 * 0.5)
+    assert rates["vision.blocks.0.attn.q.weight"] == pytest.approx(1e-3 * 0.5**depth)
+    assert {rate for name, rate in rates.items() if name.startswith("llm.")} == {1e-3}
+    assert {rate for name, rate in rates.items() if name.startswith("projector.")} == {2e-3}
 
 
 def test_a_run_is_not_made_shorter_than_it_is(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ from vlkit.training.recompute import checkpoint_blocks
 CHECKPOINTS, METRICS, MODEL = "checkpoints", "metrics.jsonl", "model"
 # What a run may not be resumed with when it has changed; everything else may change, and is said.
 FIXED = ("model", "parameters", "processor", "data", "seed", "shuffle")
+# Options that decide which parameters are in one group of the optimizer, whose saved state is by groups.
+GROUPING = ("kind", "muon", "adamw", "part_lr", "layer_decay", "decay_vectors")
 Say = Callable[[str], object]
 
 
@@ -380,6 +382,7 @@ class _Run:
             "ranks": self.ranks.size,
             "config": self.config.to_dict(),
             "fingerprint": self.fingerprint,
+            "groups": self.groups(),
         }
         self.checkpoint = run_checkpoint.save_checkpoint(
             target.parent,
@@ -443,12 +446,20 @@ class _Run:
                 raise ConfigError(
                     f"{path}: the run cannot go on with this config: {difference}. Give the new run another folder with `run`"
                 )
+        ours = json.loads(json.dumps(self.config.to_dict()))
+        if state.get("groups", self.groups()) != self.groups():
+            before, now = state["config"].get("optimizer", {}), ours["optimizer"]
+            changes = [first_difference(before.get(key), now[key], f"optimizer.{key}", as_change) for key in GROUPING]
+            said = ", ".join(filter(None, changes)) or "other rates are equal than were"
+            raise ConfigError(
+                f"{path}: the run cannot go on with this config: its optimizer groups the parameters in another way, and the "
+                f"saved state is by groups ({said}). Set that back, or give the new run another folder with `run`"
+            )
         if (done := state["progress"]["step"]) > self.total:
             raise ConfigError(
                 f"{path}: {done} steps are done, and the config asks for {self.total}: there is nothing to do, and nothing was "
                 "changed. Ask for more steps, or give the shorter run another folder with `run`"
             )
-        ours = json.loads(json.dumps(self.config.to_dict()))
         for key, value in ours.items():
             if key not in ("run", "model", "data") and (
                 difference := first_difference(state["config"].get(key), value, key, as_change)
@@ -456,6 +467,10 @@ class _Run:
                 self.say(f"changed since {path.name}: {difference}")
         if state["ranks"] != self.ranks.size:
             self.say(f"changed since {path.name}: ranks: {as_change(str(state['ranks']), str(self.ranks.size))}")
+
+    def groups(self) -> list[list[Any]]:
+        """Algorithm and names of every group of the optimizer."""
+        return [[group["algorithm"], sorted(group["param_names"])] for group in self.optimizer.param_groups]
 
     def stopped(self, loss: float | None) -> Result:
         self.save()
@@ -600,12 +615,15 @@ def build_model(config: TrainConfig, shapes: VisionLanguageModel, ranks: Ranks) 
 def make_optimizer(model: VisionLanguageModel, config: TrainConfig, ranks: Ranks) -> Muon:
     """Muon, or AdamW for all, with the learning rates of the parts."""
     options = config.optimizer
+    rates = options.part_lr
+    if options.layer_decay:
+        rates = {"": options.lr, **(rates or {})}  # "" fits every name, and any other part more closely
     groups = muon_param_groups(
         model,
         muon=options.muon,
         adamw=options.adamw if options.kind == "muon" else ("",),  # which is in every name
         decay_vectors=options.decay_vectors,
-        lr=options.part_lr,
+        lr=rates,
         layer_decay=options.layer_decay,
         splits=options.splits,
     )
