@@ -150,14 +150,18 @@ def _confined(values: dict[str, Any], folder: Path) -> dict[str, Any]:
             return value
         if value[:8].lower().startswith(("http://", "https://")):
             return value  # refused, with a way out, where images are read
+        if "\0" in value:
+            raise UnsafePathError(f"{value!r} holds a zero byte, which no path has")
         path = Path(value.removeprefix("file://"))
-        if (
-            path.is_absolute()
-            or "\0" in value
-            or not (real := Path(os.path.realpath(folder / path))).is_relative_to(folder)
-        ):
+        real = Path(os.path.realpath(folder / path))
+        if not real.is_relative_to(folder):
             raise UnsafePathError(
                 f"{value!r} lies outside of {folder}; images and videos are named relative to the file's folder"
+            )
+        if path.is_absolute():
+            raise UnsafePathError(
+                f"{value!r} is absolute; images and videos are named relative to the file's folder: write "
+                f"{str(real.relative_to(folder))!r}"
             )
         return str(real)
 
