@@ -8,6 +8,7 @@ ranks that have not ended in time are killed, and the test fails.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import pickle
 import tempfile
@@ -21,21 +22,29 @@ from typing import Any
 
 import torch
 
+PATIENCE = 90.0  # seconds that a rank waits for another
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "torch",
         "torch._dynamo",  # the first DTensor imports it, in half a second
         "torch.distributed.fsdp",
-        "torch.distributed.checkpoint",
+        "torch.distributed.checkpoint.hf_storage",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.tensor.debug",
+        "torch.testing",
+        "pytest",  # every module with tests imports it: a third of a second per process
+        "safetensors.torch",
         "vlkit.models",
         "vlkit.optim",
         "vlkit.testing",
+        "vlkit.training.loop",
+        "vlkit.training.sharding",
     ]
 )
 
 
-def run_ranks(work: Callable[..., Any], num_ranks: int, *args: Any, timeout: float = 60) -> list[Any]:
+def run_ranks(work: Callable[..., Any], num_ranks: int, *args: Any, timeout: float = 2 * PATIENCE) -> list[Any]:
     """What `work(rank, *args)` returns on every rank.
 
     Args:
@@ -86,9 +95,10 @@ def _rank(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()  # what the server imported is never garbage: not looked through, and its pages not copied
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=50)
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=PATIENCE)
         )
         value = (True, work(rank, *args))
         dist.barrier()
