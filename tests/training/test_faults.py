@@ -129,6 +129,12 @@ def test_the_heartbeat_says_what_takes_long() -> None:
     assert heartbeat.look() is None
 
 
+def test_a_heartbeat_may_be_longer_than_a_thread_can_wait() -> None:
+    with Heartbeat(print, 1e300, "train") as heartbeat:
+        heartbeat._thread.join(0.1)
+        assert heartbeat._thread.is_alive()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_signals_are_noted_and_given_back(number: int) -> None:
     before = signal.getsignal(number)

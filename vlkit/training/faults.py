@@ -89,6 +89,6 @@ class Heartbeat:
         return f"{self._name}: {doing} for {took:.0f} s" if took >= self._seconds else None
 
     def _watch(self) -> None:
-        while not self._done.wait(self._seconds):
+        while not self._done.wait(min(self._seconds, threading.TIMEOUT_MAX)):
             if line := self.look():
                 self._say(line)
