@@ -52,6 +52,13 @@ def test_paths_are_seen_from_the_file(tmp_path: Path) -> None:
         ({"optimizer": {"part_lr": {"vision": "fast"}}}, "part_lr.vision: expected a number above 0"),
         ({"schedule": {"warmup": 8, "decay": 3}}, "do not fit into steps=10"),
         ({"ranks": {"expert_parallel": 2}}, "need sharding = 'fsdp'"),
+        ({"ranks": {"timeout_minutes": 1e300}}, "timeout_minutes: .* is above"),
+        ({"compute_dtype": "float64"}, "compute_dtype: 'float64' with dtype = 'float32' is not possible"),
+        ({"dtype": "bfloat16", "compute_dtype": "float32"}, "goes with dtype = 'float32'"),
+        ({"run": ""}, "run: expected a path, found ''"),
+        ({"run": "a\0b"}, r"run: expected a path, found 'a\\x00b'"),
+        ({"data": {"files": ["a\0b"]}}, "files: expected a path"),
+        ({"model": {"folder": "a\0b"}}, "folder: expected a path"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, change: dict[str, object], message: str) -> None:

@@ -187,7 +187,7 @@ class RankOptions(Config):
     sharding: Literal["zero1", "fsdp"] = "zero1"
     expert_parallel: Size = 1
     replicate: Size = 1
-    timeout_minutes: Positive = 10.0
+    timeout_minutes: Annotated[Positive, AtMost(1e6)] = 10.0
     heartbeat_seconds: Positive = 60.0
 
     def check(self) -> None:
@@ -222,7 +222,8 @@ class TrainConfig(Config):
         optimizer: Rule of the update.
         schedule: Learning rate over the run.
         dtype: Of the parameters.
-        compute_dtype: Of the products; None is that of the parameters.
+        compute_dtype: Of the products; None is that of the parameters. With dtype = "float32" it may be "bfloat16", by
+            autocast or FSDP2. No other pair is possible: products are never wider than the parameters.
         activation_checkpointing: Recompute blocks in the backward: "none", "selective" (cheap parts only) or "full".
         balance_rate: Change per step of the selection bias of routers that have one.
         seed: Of weights, order and everything drawn.
@@ -259,6 +260,20 @@ class TrainConfig(Config):
     check_finite_every: Size | None = None
 
     def check(self) -> None:
+        for field, paths in (
+            ("run", (self.run,)),
+            ("model.folder", (self.model.folder,)),
+            ("model.processor", (self.model.processor,)),
+            ("data.files", self.data.files),
+        ):
+            for path in paths:
+                if path is not None and (not path.strip() or "\0" in path):
+                    raise ConfigError(f"TrainConfig.{field}: expected a path, found {path!r}")
+        if self.compute_dtype not in (None, self.dtype) and (self.dtype, self.compute_dtype) != ("float32", "bfloat16"):
+            raise ConfigError(
+                f"TrainConfig.compute_dtype: {self.compute_dtype!r} with dtype = {self.dtype!r} is not possible; "
+                "compute_dtype = 'bfloat16' goes with dtype = 'float32', and without it products have the dtype of the parameters"
+            )
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError("TrainConfig: give either steps or epochs")
         steps, schedule = self.steps, self.schedule
