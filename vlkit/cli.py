@@ -146,15 +146,18 @@ def train(
     torchrun --nproc-per-node 8 -m vlkit train CONFIG runs the same on 8 ranks. Run it again and it goes on where it was.
     SIGTERM, SIGUSR1 and Ctrl-C finish the step and save; the exit status is then 75.
     """
-    from vlkit.training import EXIT_STOPPED, read_train_config
-    from vlkit.training import train as begin
+    from vlkit.training.faults import EXIT_STOPPED, stop_on_signals
 
-    chosen = read_train_config(config)
-    if run is not None:
-        chosen = chosen.replace(run=str(run.resolve()))
-    if steps is not None:
-        chosen = chosen.replace(steps=steps, epochs=None)
-    result = begin(chosen, resume=resume, say=typer.echo)
+    with stop_on_signals() as stop:  # first of all: the imports below take seconds
+        from vlkit.training import read_train_config
+        from vlkit.training import train as begin
+
+        chosen = read_train_config(config)
+        if run is not None:
+            chosen = chosen.replace(run=str(run.resolve()))
+        if steps is not None:
+            chosen = chosen.replace(steps=steps, epochs=None)
+        result = begin(chosen, resume=resume, say=typer.echo, stop=stop)
     if result.stopped_by is not None:
         raise typer.Exit(EXIT_STOPPED)
 

@@ -243,6 +243,12 @@ def test_configs_of_many_kinds_run(tmp_path: Path, changes: dict[str, Any]) -> N
     assert 0 < result.loss < 8
 
 
+def test_a_model_that_torch_cannot_describe_is_refused(tmp_path: Path) -> None:
+    vision = {"type": "moonvit", "dim": 10**9, "num_heads": 10**6}
+    with pytest.raises(ConfigError, match="this model cannot be built, even without memory"):
+        train(small_config(tmp_path, model={"vision": vision, "llm": "qwen3-tiny"}))
+
+
 def test_a_run_begins_from_the_folder_of_another(tmp_path: Path) -> None:
     first = small_config(tmp_path, steps=2)
     train(first)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from tests.training.samples import small_config, write_samples
 from vlkit.cli import app
 from vlkit.errors import ConfigError
-from vlkit.training import EXIT_STOPPED, read_train_config
+from vlkit.training import EXIT_STOPPED, TrainConfig, read_train_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,6 +73,22 @@ def test_a_run_that_is_stopped_has_its_own_exit_status(tmp_path: Path, monkeypat
     assert done.exit_code == EXIT_STOPPED == 75
     assert "stopped by SIGTERM after step 2" in done.output
     assert f"resumed from {tmp_path}/run/checkpoints/step-00000002" in run(path, "--steps", "3").output
+
+
+def test_a_run_that_is_stopped_before_it_begins_goes_on_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(path: Path) -> TrainConfig:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return read_train_config(path)
+
+    path = write_config(tmp_path, steps=1, batch=1)
+    monkeypatch.setattr("vlkit.training.read_train_config", stopped)
+    assert run(path).exit_code == EXIT_STOPPED
+    assert not (tmp_path / "run/model").exists()
+    monkeypatch.undo()
+    assert run(path).exit_code == 0
+    assert (tmp_path / "run/model").exists()
 
 
 def test_torchrun_runs_the_same_command(tmp_path: Path) -> None:

@@ -27,7 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlkit.errors import CheckpointError, ConfigError, CorruptCheckpointError, NonFiniteError, RankError, SampleError
+from vlkit.errors import (
+    CheckpointError,
+    ConfigError,
+    CorruptCheckpointError,
+    NonFiniteError,
+    RankError,
+    SampleError,
+    VlkitError,
+)
 from vlkit.layers.moe import Router
 from vlkit.models import VisionLanguageModel
 from vlkit.models.factory import compose, create_model, create_processor
@@ -103,7 +111,9 @@ class _Done(NamedTuple):
     corrupt: int
 
 
-def train(config: TrainConfig, *, resume: bool = True, say: Say = lambda line: None) -> Result:
+def train(
+    config: TrainConfig, *, resume: bool = True, say: Say = lambda line: None, stop: StopRequest | None = None
+) -> Result:
     """Train, from the newest complete checkpoint of the run's folder if there is one.
 
     On several ranks all call it with the same config; see `vlkit.training.ranks`. SIGTERM, SIGUSR1 and Ctrl-C end it after
@@ -113,6 +123,7 @@ def train(config: TrainConfig, *, resume: bool = True, say: Say = lambda line: N
         config: The run. Relative paths are seen from the current folder; `read_train_config` makes them absolute.
         resume: False refuses to begin in a folder that has checkpoints.
         say: Takes lines of progress, on the first rank, and of what takes too long, on any.
+        stop: Where signals are noted already, see `vlkit.training.faults`; None notes them from here on.
 
     Raises:
         ConfigError: A config that cannot be run, or that is not that of the checkpoints.
@@ -121,7 +132,8 @@ def train(config: TrainConfig, *, resume: bool = True, say: Say = lambda line: N
         RankError: Another rank died, failed, hangs, or was started differently.
         CheckpointError: Saving or loading failed.
     """
-    with stop_on_signals() as stop, launched(config.device, config.ranks.timeout_minutes) as ranks:
+    noted = stop_on_signals() if stop is None else nullcontext(stop)
+    with noted as stop, launched(config.device, config.ranks.timeout_minutes) as ranks:
         name = f"rank {ranks.rank}" if ranks.size > 1 else "train"
         with Heartbeat(say, config.ranks.heartbeat_seconds, name) as heartbeat, _random_states_kept():
             run = _Run(config, ranks, stop, heartbeat, say)
@@ -504,15 +516,23 @@ def describe_model(config: TrainConfig) -> tuple[VisionLanguageModel, Processor]
     """The model on meta, frozen where it is to be, and its processor.
 
     Raises:
-        ConfigError: Parts that do not fit, a model without a processor, or nothing to train.
+        ConfigError: Parts that do not fit or are too large for torch, a model without a processor, or nothing to train.
     """
     source, dtype = config.model, getattr(torch, config.dtype)
-    if source.folder is not None:
-        model = create_model(read_config(Path(source.folder)), dtype=dtype, device="meta")
-    elif source.name is not None:
-        model = create_model(source.name, dtype=dtype, device="meta", **(source.overrides or {}))
-    else:
-        model = compose(**_parts(source), dtype=dtype, device="meta")
+    try:
+        if source.folder is not None:
+            model = create_model(read_config(Path(source.folder)), dtype=dtype, device="meta")
+        elif source.name is not None:
+            model = create_model(source.name, dtype=dtype, device="meta", **(source.overrides or {}))
+        else:
+            model = compose(**_parts(source), dtype=dtype, device="meta")
+    except RuntimeError as error:  # of torch; without memory all that can fail is the size
+        if isinstance(error, VlkitError):
+            raise
+        raise ConfigError(
+            f"TrainConfig.model: this model cannot be built, even without memory; look at its sizes (torch says: "
+            f"{_shortened(error)})"
+        ) from error
     freeze_parts(model, config)
     if source.processor is not None or source.folder is not None:
         return model, Processor.from_pretrained(source.processor or source.folder or "")
