@@ -241,6 +241,15 @@ def refused(rank: int) -> list[str]:
     return said
 
 
+def test_other_modules_and_numbers_that_are_none_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"found Linear; shard other modules with torch\.distributed\.fsdp\.fully_shard"
+    ):
+        shard_model(torch.nn.Linear(3, 2))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="replicate is a number of ranks, expected an int, found '2'"):
+        make_mesh(replicate="2")  # type: ignore[arg-type]
+
+
 def test_meshes_that_cannot_be_are_refused(on_two: dict[str, list[Any]]) -> None:
     with pytest.raises(ConfigError, match="torchrun"):
         make_mesh()

@@ -60,8 +60,11 @@ def make_mesh(*, replicate: int = 1, expert_parallel: int = 1, device_type: str 
         device_type: Such as "cuda"; None takes the accelerator that torch finds, or the CPU if the group runs on gloo.
 
     Raises:
-        ConfigError: No process group, or ranks that cannot be arranged so.
+        ConfigError: No process group, numbers that are none, or ranks that cannot be arranged so.
     """
+    for name, value in (("replicate", replicate), ("expert_parallel", expert_parallel)):
+        if type(value) is not int:
+            raise ConfigError(f"make_mesh: {name} is a number of ranks, expected an int, found {value!r}")
     if not dist.is_initialized():
         raise ConfigError(
             "make_mesh needs a process group: start under torchrun, and call torch.distributed.init_process_group"
@@ -106,8 +109,13 @@ def shard_model(
         The model.
 
     Raises:
-        ConfigError: A mesh without the axes of `make_mesh`.
+        ConfigError: No model of vlkit, or a mesh without the axes of `make_mesh`.
     """
+    if not isinstance(model, VisionLanguageModel):
+        raise ConfigError(
+            f"shard_model takes a VisionLanguageModel, as create_model and from_pretrained give it, found "
+            f"{type(model).__name__}; shard other modules with torch.distributed.fsdp.fully_shard: Muon takes their parameters too"
+        )
     mesh = make_mesh() if mesh is None else mesh
     if mesh.mesh_dim_names != (REPLICATE, SHARD, EXPERT):
         raise ConfigError(f"shard_model takes a mesh of make_mesh, found the axes {mesh.mesh_dim_names}")
