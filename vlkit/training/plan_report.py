@@ -46,7 +46,7 @@ def _parameters(plan: Plan) -> list[Row]:
         text = f"{short(part.total):>7}"
         text += f", {short(part.active)} active" if part.active < part.total else ""
         share = part.matrices / part.total if part.total else 0
-        text += f", {100 * share:.1f} % in Muon's matrices"
+        text += f", {100 * share:.1f} % in Muon's matrices" * (plan.options.optimizer == "muon")
         rows.append((name if name != "all" else "parameters", text))
     options = plan.options
     sequences = f"{len(options.lengths)} x {options.sequence:,} tokens on every rank"

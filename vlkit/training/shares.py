@@ -12,10 +12,11 @@ the rank with the most.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,13 @@ from vlkit.layers.moe import Experts
 from vlkit.models.vlm import VisionLanguageModel
 from vlkit.optim.collectives import CHUNK_BYTES
 from vlkit.optim.newton_schulz import NewtonSchulz
-from vlkit.optim.partition import Held, Split, deal_flat, deal_spans, holding_of
+from vlkit.optim.partition import Range, Split, deal_spans, holding_of
 from vlkit.optim.units import Span, spans_of, units_of
 from vlkit.training.cost import count_products
 from vlkit.training.recompute import blocks_of, num_elements
 
 WIDE = 4  # bytes of an element in fp32: optimizer state, averaged gradients
+Holders: TypeAlias = dict[int, tuple[Range, ...]]  # of one parameter: the ranges of the ranks that have some
 TRAVEL = 2  # bytes of an element of a matrix that several ranks share, on its way to who orthogonalises it: bf16
 
 
@@ -93,28 +95,30 @@ def zero1(
     orthogonalises them and back, in bf16; updated parameters are gathered, (N - 1) S bytes of their dtype. S is the number
     of elements of the rank with the most, ceil(P / N) for the flat partition.
     """
-    state = buffers = scattered = gathered = shared = 0
+    state = averaged = in_transit = scattered = gathered = shared = 0
     work, exchanged = [0] * ranks, [0] * ranks
     for (algorithm, dtype), parameters in _buckets(groups).items():
         muon = algorithm == "muon"
         spans = [spans_of(units_of(p)) if muon else [] for p in parameters]
         if muon and partition == "matrix":
-            held = deal_spans(spans, ranks)
+            held = [{rank: own for rank, own in enumerate(each) if own} for each in deal_spans(spans, ranks)]
         else:
-            held = deal_flat([p.numel() for p in parameters], ranks)
+            held = flat_holders([p.numel() for p in parameters], ranks)
         most = _longest(held)
         state += most * (WIDE if muon else 2 * WIDE) + (0 if muon else WIDE * len(parameters))
-        buffers += most * WIDE
+        averaged += most * WIDE
+        # A chunk of what comes from all ranks, and of what goes to them; one bucket after another.
+        in_transit = max(in_transit, min(CHUNK_BYTES, ranks * most * WIDE))
         scattered += (ranks - 1) * most * WIDE
         gathered += (ranks - 1) * most * dtype.itemsize
-        for of_one, mine in zip(held, spans, strict=True):
-            shared += _deal_work(of_one, mine, work, exchanged)
+        for holders, mine in zip(held, spans, strict=True):
+            shared += _deal_work(holders, mine, work, exchanged)
     gradients = sum(p.numel() * p.element_size() for group in groups for p in group["params"])
     return Shares(
         weights=_bytes(model.parameters()),
         gradients=gradients,
         state=state,
-        buffers=buffers + CHUNK_BYTES,
+        buffers=averaged + in_transit,
         sent_per_step={
             "reduce-scatter of gradients": scattered,
             "matrices that several ranks share": max(exchanged),
@@ -225,10 +229,26 @@ def _gathered_together(model: VisionLanguageModel, expert_parallel: int) -> list
     return found
 
 
-def _deal_work(held: Held, spans: Sequence[Span], work: list[int], exchanged: list[int]) -> int:
+def flat_holders(sizes: Sequence[int], ranks: int) -> list[Holders]:
+    """What `deal_flat` deals out, without the ranks that get nothing: there may be a million."""
+    size, first = -(-sum(sizes) // ranks), 0
+    found: list[Holders] = []
+    for count in sizes:
+        last = -(-(first + count) // size) if count else 0
+        found.append(
+            {
+                rank: ((max(0, rank * size - first), min(count, (rank + 1) * size - first)),)
+                for rank in range(first // size if count else 0, last)
+            }
+        )
+        first += count
+    return found
+
+
+def _deal_work(held: Holders, spans: Sequence[Span], work: list[int], exchanged: list[int]) -> int:
     """Add the work on a parameter's matrices, and the bytes that they travel, to the ranks' sums; returns how many travel."""
-    holders = [rank for rank, ranges in enumerate(held) if ranges]
-    few: Held = tuple(held[rank] for rank in holders)
+    holders = list(held)
+    few = tuple(held.values())
     splits = [split for split, _, _ in holding_of(few, 0, spans).split] if len(holders) > 1 else []
     travelling = {split.span.start for split in splits}
     for split in splits:
@@ -257,7 +277,7 @@ def _cut_work(parameter: Tensor, shards: int, parallel: int, work: list[int], ex
     rows, over = -(-parameter.shape[0] // parallel), shards // parallel
     step = -(-rows // over)
     if parameter.ndim == 3:
-        for rank in range(over):
+        for rank in range(-(-rows // step)):  # beyond, ranks have nothing
             mine = spans[rank * step : min((rank + 1) * step, rows)]
             for copy in range(parallel):
                 work[rank * parallel + copy] += sum(map(_work, mine))
@@ -266,7 +286,8 @@ def _cut_work(parameter: Tensor, shards: int, parallel: int, work: list[int], ex
     holders = -(-rows // step)
     for span in spans if holders > 1 else ():
         first, last = span.start // columns // step, (span.stop - 1) // columns // step
-        worker = min(range(first, last + 1), key=work.__getitem__)
+        busy = work[first : last + 1]
+        worker = first + busy.index(min(busy))
         work[worker] += _work(span)
         for rank in range(first, last + 1):
             size = min(span.stop, (rank + 1) * step * columns) - max(span.start, rank * step * columns)
@@ -297,9 +318,13 @@ def _buckets(groups: Sequence[dict[str, Any]]) -> dict[tuple[str, torch.dtype], 
     return found
 
 
-def _longest(held: Sequence[Held]) -> int:
+def _longest(held: Sequence[Holders]) -> int:
     """Elements of the rank with the most."""
-    return max(sum(stop - start for of_one in held for start, stop in of_one[rank]) for rank in range(len(held[0])))
+    elements: Counter[int] = Counter()
+    for holders in held:
+        for rank, ranges in holders.items():
+            elements[rank] += sum(stop - start for start, stop in ranges)
+    return max(elements.values(), default=0)
 
 
 def _bytes(parameters: Any) -> int:
