@@ -91,6 +91,26 @@ def test_update_is_the_equation(nesterov: bool, adjust_lr: str) -> None:
         assert_close(param.double(), weight, rtol=0, atol=2e-6)
 
 
+def test_weights_and_state_may_move_between_steps() -> None:
+    for algorithm, shape in (("muon", (6, 6)), ("adamw", (7,)), ("adamw", (6, 6))):
+        start, grad = torch.randn(shape), torch.randn(shape)
+        stay, move = (torch.nn.Parameter(start.clone()) for _ in range(2))
+        optimizers = [Muon([{"params": [p], "algorithm": algorithm}], 0.01) for p in (stay, move)]
+        for step in range(4):
+            stay.grad, move.grad = grad.clone(), grad.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+            assert torch.equal(stay, move), (algorithm, step)
+            state = optimizers[1].state[move]
+            if step == 0:
+                move.data = move.data.clone()
+            elif step == 1:
+                state.update({key: value.clone() for key, value in state.items()})
+            elif move.ndim == 2:
+                move.data = move.data.mT.clone().mT  # the same storage never again, and columns first
+        assert all(torch.equal(value, optimizers[0].state[stay][key]) for key, value in state.items())
+
+
 def test_update_has_the_size_of_an_adamw_update() -> None:
     """match_rms_adamw: elements of about rms_scale, whatever the shape."""
     params = parameters([(30, 20), (20, 90), (4, 8, 16)])
@@ -431,6 +451,41 @@ def test_a_group_can_be_added_later() -> None:
 def test_bad_options_are_refused_at_once(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Muon(parameters(), **{"lr": 0.1, **options})
+
+
+@pytest.mark.parametrize(
+    ("parameter", "words"),
+    [
+        (torch.zeros(4, 3).to(torch.float8_e4m3fn), "float8_e4m3fn; .* 2 to 8 bytes"),
+        (torch.zeros(1, 3).expand(4, 3), "is expanded"),
+    ],
+)
+def test_parameters_that_no_step_can_update_are_refused(parameter: Tensor, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Muon([nn.Parameter(parameter, requires_grad=False)], 0.1)
+
+
+def test_a_group_without_names_does_not_join_those_with_names() -> None:
+    first, second = parameters([(4, 5), (6, 3)])
+    named = Muon([("first", first)], 0.1)
+    with pytest.raises(ConfigError, match=r"list of \(name, parameter\)"):
+        named.add_param_group({"params": second})
+    named.add_param_group({"params": [("second", second)]})
+    assert named.param_groups[1]["param_names"] == ["second"]
+
+
+def test_an_optimizer_of_a_process_group_says_how_to_copy_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = Muon(parameters(), 0.1)
+    copy.deepcopy(optimizer).step()
+    monkeypatch.setattr(optimizer, "process_group", object())
+    with pytest.raises(ConfigError, match="load_full_state_dict"):
+        copy.deepcopy(optimizer)
+
+
+def test_a_process_group_of_other_ranks_is_refused() -> None:
+    """torch.distributed.new_group gives such a value to ranks that are no members."""
+    with pytest.raises(ConfigError, match="that this rank is a member of, found -100"):
+        Muon(parameters(), 0.1, process_group=-100)  # type: ignore[arg-type]
 
 
 def test_a_misspelt_group_option_is_refused() -> None:

@@ -25,7 +25,7 @@ from vlkit.optim.agree import gather_json
 from vlkit.optim.dtensor import axes_of, copies_of, first_element, holdings_of, like_parameter, local_of
 from vlkit.optim.partition import Bucket, Held, Holding, Place, SplitStrategy, deal_flat, deal_spans, holding_of
 from vlkit.optim.parts import is_dtensor
-from vlkit.optim.units import Span, cut_of, spans_of, units_of
+from vlkit.optim.units import Span, Units, cut_of, spans_of, units_of
 from vlkit.optim.update import Block, shown
 from vlkit.optim.variants import STATE_KEY, row_places
 
@@ -59,6 +59,7 @@ class Layout:
     group: dist.ProcessGroup | None = None
     axes: tuple[dist.ProcessGroup, ...] = ()
     weight: Mapping[Tensor, float] = field(default_factory=dict)
+    _memory: dict[Tensor, Memory] = field(default_factory=dict)
 
     @cached_property
     def held(self) -> dict[Tensor, Held]:
@@ -81,11 +82,15 @@ class Layout:
     def piece(self, member: Member, grad: Tensor | None, state: dict[str, Tensor]) -> Piece:
         """A parameter for one step; without a gradient here, it is zeros."""
         parameter, _, group = member
-        holding = self.holdings[parameter]
-        weight = local_of(parameter).contiguous()
+        memory = self._memory.get(parameter)
+        if memory is None or not memory.is_that_of(parameter, state):
+            memory = Memory.of(parameter, self.holdings[parameter], state)
+            if not memory.copied:
+                self._memory[parameter] = memory
         if grad is None:
-            grad = weight.new_zeros(holding.numel if self.group is not None else weight.shape)
-        return Piece(parameter, group, holding, weight, grad, {key: local_of(value) for key, value in state.items()})
+            numel = memory.holding.numel
+            grad = memory.weight.new_zeros(numel if self.group is not None else memory.weight.shape)
+        return Piece(parameter, group, memory, grad)
 
     # Gradients
 
@@ -129,7 +134,8 @@ class Layout:
             return torch.zeros((), dtype=wide, device=self.device)
         dtype = wide if exact or any(grad.dtype == torch.float64 for grad, _ in found) else torch.float32
         norms = torch._foreach_norm([grad for grad, _ in found], 2, dtype=dtype)
-        squares = torch.stack([norm.to(self.device) for norm in norms]).to(wide).square()
+        device = self.device
+        squares = torch.stack([norm if norm.device == device else norm.to(device) for norm in norms]).to(wide).square()
         return (squares * squares.new_tensor([weight for _, weight in found])).sum()
 
     def sum_over_ranks(self, square: Tensor, found_inf: Tensor | None, present: Sequence[bool]) -> list[float]:
@@ -168,6 +174,47 @@ class Layout:
                 state[key] = torch.cat([whole.new_empty(0), *ranges])
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Where a parameter and its state lie on this rank. Kept from step to step, since views take as long to make as small
+    matrices to update; made again when something lies elsewhere.
+
+    Attributes:
+        holding: What is held.
+        weight: The parameter's elements (of a DTensor, its local ones), or a copy in row-major order.
+        state: Of the elements held, one range after another; and scalars.
+        whole: Units that this rank has all of, where their gradients begin, and views of weight and state.
+        copied: Whether weight is a copy.
+    """
+
+    holding: Holding
+    weight: Tensor
+    state: dict[str, Tensor]
+    whole: tuple[tuple[Units, int, Tensor, Tensor, Tensor | None], ...]
+    copied: bool
+
+    @classmethod
+    def of(cls, parameter: Tensor, holding: Holding, state: Mapping[str, Tensor]) -> Memory:
+        local = local_of(parameter).detach()
+        weight = local.contiguous()
+        found = {key: local_of(value).detach() for key, value in state.items()}
+        rows, elements = found.get(STATE_KEY["normuon"]), found.get(STATE_KEY["adamuon"])
+        whole = []
+        for units, (at, start) in holding.whole:
+            second_moment = None if elements is None else units.view(_after(elements, start))
+            if rows is not None:
+                second_moment = row_places(units_of(parameter), units, at + first_element(parameter)).view(rows)
+            momentum = units.view(_after(found["momentum_buffer"], start))
+            whole.append((units, start, units.view(_after(weight, at)), momentum, second_moment))
+        return cls(holding, weight, found, tuple(whole), weight is not local)
+
+    def is_that_of(self, parameter: Tensor, state: Mapping[str, Tensor]) -> bool:
+        """Whether the tensors lie where they lay: another `data`, or a state that was loaded, do not."""
+        if not local_of(parameter).is_set_to(self.weight) or len(state) != len(self.state):
+            return False
+        return all(key in state and local_of(state[key]).is_set_to(value) for key, value in self.state.items())
+
+
 @dataclass
 class Piece:
     """What this rank holds of a parameter, during a step; all tensors are contiguous.
@@ -175,18 +222,26 @@ class Piece:
     Attributes:
         parameter: The parameter.
         group: Its options.
-        holding: What is held.
-        weight: The parameter's elements (of a DTensor, its local ones): itself, or a copy in row-major order.
+        memory: What is held, and where it lies.
         grad: Of the elements held, one range after another.
-        state: The same; and scalars.
     """
 
     parameter: Tensor
     group: dict[str, Any]
-    holding: Holding
-    weight: Tensor
+    memory: Memory
     grad: Tensor
-    state: dict[str, Tensor]
+
+    @property
+    def holding(self) -> Holding:
+        return self.memory.holding
+
+    @property
+    def weight(self) -> Tensor:
+        return self.memory.weight
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        return self.memory.state
 
     def elements(self) -> Tensor:
         """The elements held, of a parameter that is held in one run."""
@@ -195,19 +250,8 @@ class Piece:
 
     def whole(self) -> Iterator[Block]:
         """The units that this rank has all of."""
-        momentum = self.state["momentum_buffer"]
-        rows, elements = self.state.get(STATE_KEY["normuon"]), self.state.get(STATE_KEY["adamuon"])
-        for units, (at, local) in self.holding.whole:
-            second_moment = None if elements is None else units.view(_after(elements, local))
-            if rows is not None:
-                first = at + first_element(self.parameter)
-                second_moment = row_places(units_of(self.parameter), units, first).view(rows)
-            yield Block(
-                units.view(_after(self.weight, at)),
-                units.view(_after(self.grad, local)),
-                units.view(_after(momentum, local)),
-                second_moment,
-            )
+        for units, start, weight, momentum, second_moment in self.memory.whole:
+            yield Block(weight, units.view(_after(self.grad, start)), momentum, second_moment)
 
     def share(self, place: Place, size: int) -> Block:
         """A share of a unit that other ranks hold too, 1-D."""
@@ -219,9 +263,8 @@ class Piece:
 
     def write_back(self) -> None:
         """Where the parameter is not in row-major order."""
-        local = local_of(self.parameter)
-        if local is not self.weight:
-            local.copy_(self.weight)
+        if self.memory.copied:
+            local_of(self.parameter).copy_(self.weight)
 
 
 def _after(tensor: Tensor, start: int) -> Tensor:

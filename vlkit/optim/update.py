@@ -200,34 +200,23 @@ def adamw_update(
         means, squares = ([state[key] for state in state_of] for key in ADAMW_STATE)
         wide = _cast(ours, means[0].dtype)
         scaled = _cast(_scaled([grads[i] for i in some], options, factor), means[0].dtype)
-        # The kernel counts steps too. But a rank counts those of parameters as well of which it holds nothing.
-        steps = list(torch._foreach_sub([state["step"] for state in state_of], 1))
-        with _whole_vectors([wide, scaled, means, squares], steps) as (columns, counters):
+        steps = [state["step"] for state in state_of]
+        with _whole_vectors([wide, means, squares, scaled], steps) as (columns, counters):
             _adamw(columns, counters, options)
         if wide is not ours:
             torch._foreach_copy_(ours, wide)
 
 
 def _adamw(columns: list[list[Tensor]], steps: list[Tensor], options: Mapping[str, Any]) -> None:
-    weights, grads, means, squares = columns
-    fused = all(weight.device.type in ("cpu", "cuda") for weight in weights)
-    adamw(
-        weights,
-        grads,
-        means,
-        squares,
-        [],
-        steps,
-        foreach=False if fused else None,
-        fused=fused,
-        amsgrad=False,
-        beta1=options["betas"][0],
-        beta2=options["betas"][1],
-        lr=options["lr"],
-        weight_decay=options["weight_decay"],
-        eps=options["adam_eps"],
-        maximize=False,
-    )
+    """Steps are those after this one."""
+    weights, means, squares, grads = columns
+    beta1, beta2 = options["betas"]
+    rates = {"lr": float(options["lr"]), "weight_decay": float(options["weight_decay"]), "eps": options["adam_eps"]}
+    same: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "amsgrad": False, "maximize": False, **rates}
+    if all(weight.device.type in ("cpu", "cuda") for weight in weights):
+        torch._fused_adamw_(weights, grads, means, squares, [], steps, **same)
+    else:
+        adamw(weights, grads, means, squares, [], list(torch._foreach_sub(steps, 1)), **same)
 
 
 @contextmanager
@@ -235,39 +224,44 @@ def _whole_vectors(
     columns: list[list[Tensor]], steps: list[Tensor]
 ) -> Iterator[tuple[list[list[Tensor]], list[Tensor]]]:
     """On CPUs the same elements in tensors of multiples of 64 bytes: what tensors have beyond that, or all of a small one,
-    is joined to extra tensors, and copied back afterwards.
+    is joined to extra tensors, and copied back afterwards; but for the last column, which is only read.
 
     The fused kernel treats the last elements of a tensor, fewer than a vector register holds, with code that rounds
     differently. So an element's result would depend on where in a slice it lies.
     """
     size = 64 // columns[0][0].element_size()
     on_cpu = columns[0][0].device.type == "cpu"
-    ragged = {i for i, weight in enumerate(columns[0]) if on_cpu and weight.numel() % size}
-    if not ragged:
-        yield columns, steps
-        return
-    result: list[list[Tensor]] = [[tensor for i, tensor in enumerate(column) if i not in ragged] for column in columns]
-    counters = [step for i, step in enumerate(steps) if i not in ragged]
     at_step: dict[float, list[tuple[int, int]]] = {}  # joined are those of one step: (index, first element)
-    for i in sorted(ragged):
-        numel = columns[0][i].numel()
-        first = numel - numel % size if numel > SMALL else 0
-        at_step.setdefault(float(steps[i]), []).append((i, first))
+    whole: list[tuple[int, int]] = []  # (index, end of the elements that stay)
+    for i, weight in enumerate(columns[0]):
+        numel = weight.numel()
+        rest = numel % size if on_cpu else 0
+        first = 0 if rest and numel <= SMALL else numel - rest
         if first:
-            counters.append(steps[i])
-            for column, whole in zip(columns, result, strict=True):
-                whole.append(column[i].view(-1)[:first])
+            whole.append((i, first))
+        if first < numel:
+            at_step.setdefault(float(steps[i]), []).append((i, first))
+    result = [[_elements(column[i], 0, stop) for i, stop in whole] for column in columns]
+    counters = [steps[i] for i, _ in whole]
     copies = []
     for rests in at_step.values():
-        counters.append(steps[rests[0][0]].clone())
-        for column, whole in zip(columns, result, strict=True):
-            parts = [column[i].view(-1)[first:] for i, first in rests]
-            joined = torch.cat(parts)
-            whole.append(torch.nn.functional.pad(joined, (0, -joined.numel() % size)))
-            copies.append((parts, joined.numel(), whole[-1]))
+        counters.append(steps[rests[0][0]])
+        for column, joined in zip(columns, result, strict=True):
+            parts = [_elements(column[i], first, column[i].numel()) for i, first in rests]
+            sizes = [part.numel() for part in parts]
+            padding = column[0].new_zeros(-sum(sizes) % size)
+            joined.append(torch.cat([*parts, padding]))
+            if column is not columns[-1]:
+                copies.append((parts, joined[-1].split([*sizes, len(padding)])[:-1]))
     yield result, counters
-    for parts, numel, joined in copies:
-        torch._foreach_copy_(parts, list(joined[:numel].split([part.numel() for part in parts])))
+    for parts, joined_parts in copies:
+        torch._foreach_copy_(parts, list(joined_parts))
+
+
+def _elements(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """A run of elements of a contiguous tensor, 1-D; itself where that is all."""
+    flat = tensor if tensor.ndim == 1 else tensor.view(-1)
+    return flat if stop - start == flat.numel() else flat[start:stop]
 
 
 @lru_cache(maxsize=64)
