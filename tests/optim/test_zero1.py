@@ -404,6 +404,8 @@ def who_differs(rank: int, what: str) -> str:
             names.pop()
         if what == "lr":
             lr = 0.2
+        if what == "weights":
+            params[1].data[2, 4] = 1e-30
     try:
         Muon([{"params": params, "param_names": names}], lr, process_group=dist.group.WORLD)
     except ConfigError as error:
@@ -413,7 +415,12 @@ def who_differs(rank: int, what: str) -> str:
 
 @pytest.mark.parametrize(
     ("what", "words"),
-    [("order", ["first", "second", "rank 2"]), ("number", ["second", "None"]), ("lr", ["lr=0.1", "lr=0.2"])],
+    [
+        ("order", ["first", "second", "rank 2"]),
+        ("number", ["second", "nothing"]),
+        ("lr", ["entry 1 in first is lr=0.1 on rank 0 and lr=0.2 on rank 2 of the group"]),
+        ("weights", ["second differs between rank 0 and rank 2 of the group", "Broadcast"]),
+    ],
 )
 def test_ranks_that_differ_are_told_before_anything_is_sent(what: str, words: list[str]) -> None:
     for message in run_ranks(who_differs, 3, what):

@@ -397,12 +397,14 @@ def _fsdp(members: Sequence[Member]) -> Layout:
 
 
 def _agree(members: Sequence[Member], axes: Sequence[dist.ProcessGroup], options: dict[str, Any]) -> None:
-    """Ranks that differ in a parameter or an option would wait for one another, or mix up weights.
+    """Ranks that differ in a parameter or an option would wait for one another, or mix up weights; and where each rank
+    updates its part of a weight, weights that begin differently become a patchwork.
 
     Raises:
         ConfigError: On every rank, with the first difference.
     """
-    rows = [[key, str(value)] for key, value in options.items()]
+    rows = [[f"{key}={value}" for key, value in options.items()]]
+    weights = []
     for parameter, name, chosen in members:
         settings = {key: shown(value) for key, value in chosen.items() if key not in ("params", "param_names")}
         units = [str(unit) for unit in units_of(parameter, name)] if chosen["algorithm"] == "muon" else []
@@ -410,15 +412,56 @@ def _agree(members: Sequence[Member], axes: Sequence[dist.ProcessGroup], options
             [name, str(tuple(parameter.shape)), str(parameter.dtype), str(getattr(parameter, "placements", "")), *units]
             + [f"{key}={float(value) if isinstance(value, Tensor) else value}" for key, value in settings.items()]
         )
-    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        if not is_dtensor(parameter) and not parameter.is_meta:
+            weights.append((name, _fingerprint(parameter)))
+    digests = [hashlib.sha256(json.dumps(found).encode()).hexdigest() for found in (rows, weights)]
     for group in axes:
-        if len(set(gather_json(digest, group))) == 1:
-            continue
-        tables = gather_json(rows, group)
-        for rank, table in enumerate(tables):
-            for index, (ours, theirs) in enumerate(zip_longest(tables[0], table)):
-                if ours != theirs:
-                    raise ConfigError(
-                        f"ranks do not have the same parameters and options: entry {index} is {ours} on rank 0 and "
-                        f"{theirs} on rank {rank} of the group"
-                    )
+        found = gather_json(digests, group)
+        if any(theirs[0] != found[0][0] for theirs in found):
+            _tell_options(gather_json(rows, group))
+        if any(theirs[1] != found[0][1] for theirs in found):
+            _tell_weights(gather_json(weights, group))
+
+
+def _fingerprint(parameter: Tensor) -> str:
+    """Of the bits of a parameter: sums of whole numbers over stretches of it, so the same whoever adds them up."""
+    size = parameter.element_size()
+    flat = parameter.detach().contiguous().view(-1)
+    if flat.storage_offset() * size % 8:
+        flat = flat.clone()
+    cut = flat.numel() * size // 512 * 512 // size  # 64 stretches, of 8 bytes times any number
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    sums = flat[:cut].view(torch.int64).view(64, -1).sum(1).tolist() if cut else []
+    sums.append(int(flat[cut:].view(whole).sum()))
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
+
+
+def _tell_options(tables: Sequence[Sequence[Sequence[str]]]) -> None:
+    for rank, table in enumerate(tables):
+        for index, (ours, theirs) in enumerate(zip_longest(tables[0], table)):
+            if ours == theirs:
+                continue
+            if ours and theirs and (index == 0 or ours[0] == theirs[0]):
+                where = "" if index == 0 else f" in {ours[0]}"
+                pairs = [pair for pair in zip_longest(ours, theirs) if pair[0] != pair[1]]
+                mine, other = (", ".join(str(value) for value in side if value) for side in zip(*pairs, strict=True))
+            else:
+                where, (mine, other) = (
+                    "",
+                    (f"parameter {row[0]} {row[1]}" if row else "nothing" for row in (ours, theirs)),
+                )
+            raise ConfigError(
+                f"ranks do not have the same parameters and options: entry {index}{where} is {mine or 'nothing'} on rank 0 "
+                f"and {other or 'nothing'} on rank {rank} of the group"
+            )
+
+
+def _tell_weights(tables: Sequence[Sequence[tuple[str, str]]]) -> None:
+    for rank, table in enumerate(tables):
+        for (name, ours), (_, theirs) in zip(tables[0], table, strict=True):
+            if ours != theirs:
+                raise ConfigError(
+                    f"ranks do not begin with the same weights: {name} differs between rank 0 and rank {rank} of the group, "
+                    f"and every rank would update its own part only. Broadcast the parameters from rank 0 before the "
+                    f"optimizer is built, or seed all ranks alike"
+                )
