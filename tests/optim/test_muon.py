@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LambdaLR, OneCycleLR
 from torch.testing import assert_close
 
 from vlkit.errors import ConfigError, OptimizerStateError
@@ -330,6 +331,40 @@ def test_huge_but_finite_gradients_are_used() -> None:
     assert_close(params, reference, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("size", "options", "skipped"),
+    [
+        (1e25, {"algorithm": "adamw"}, True),  # its square exceeds fp32
+        (1e18, {"algorithm": "adamw"}, False),
+        (1e37, {}, False),
+        (3e38, {}, True),  # so may the distance between two of them
+        (1e5, {"momentum_dtype": torch.float16}, True),
+    ],
+)
+def test_no_step_makes_a_state_that_is_not_finite(size: float, options: dict[str, Any], skipped: bool) -> None:
+    params = parameters()
+    optimizer = Muon([{"params": params[:1], **options}, {"params": params[1:]}], 0.1)
+    for sign in (1, -1):
+        set_gradients(params, 0)
+        params[0].grad = torch.full_like(params[0], sign * size)
+        before = [param.detach().clone() for param in params]
+        optimizer.step()
+        assert optimizer.last_step_skipped == skipped
+        assert [torch.equal(*pair) for pair in zip(params, before, strict=True)] == [skipped] * len(params)
+    assert all(value.isfinite().all() for state in optimizer.state.values() for value in state.values())
+    if skipped:
+        assert not any(value.any() for state in optimizer.state.values() for value in state.values())
+
+
+def test_clipping_comes_before_a_gradient_is_too_large() -> None:
+    params = parameters()
+    optimizer = Muon([{"params": params[:1], "algorithm": "adamw"}, {"params": params[1:]}], 0.1, max_grad_norm=1.0)
+    set_gradients(params, 0)
+    params[0].grad = torch.full_like(params[0], 1e25)
+    optimizer.step()
+    assert not optimizer.last_step_skipped
+
+
 @pytest.mark.parametrize("limit", [0.5, 1e9])
 def test_clipping_is_that_of_torch(limit: float) -> None:
     """AdamW's state sees the clipped gradient; one norm over both groups."""
@@ -385,6 +420,54 @@ def test_schedulers_move_both_algorithms(schedule: Callable[[Any], Any]) -> None
         rates.append([group["lr"] for group in optimizer.param_groups])
     assert len({tuple(pair) for pair in rates}) == 3
     assert all(muon == adamw for muon, adamw in rates)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda optimizer: OneCycleLR(optimizer, 0.1, total_steps=6, base_momentum=0.5, max_momentum=0.9),
+        lambda optimizer: CyclicLR(optimizer, 0.01, 0.1, step_size_up=2, base_momentum=0.5, max_momentum=0.9),
+    ],
+)
+def test_momentum_is_cycled_in_both_algorithms(schedule: Callable[[Any], Any]) -> None:
+    """Such schedulers write it to betas, which Muon's matrices have no other use for."""
+    params = [*parameters(), *parameters([(5,)])]
+    optimizer = Muon([{"params": params[:-1]}, {"params": params[-1:], "algorithm": "adamw"}], 0.1)
+    scheduler = schedule(optimizer)
+    found = []
+    for step in range(4):
+        train(optimizer, params, 1, first=step)
+        muon, adamw = optimizer.param_groups
+        found.append(muon["momentum"])
+        assert muon["momentum"] == adamw["betas"][0]
+        scheduler.step()
+        assert optimizer.state_dict()["param_groups"][0]["momentum"] == adamw["betas"][0]
+    assert found[0] == 0.9
+    assert min(found) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("lr", math.nan, "lr must not be negative"),
+        ("lr", -1.0, "lr must not be negative"),
+        ("lr", "fast", "lr is a number, found 'fast'"),
+        ("algorithm", "adamw", "algorithm was 'muon' when its state was made and is 'adamw' now"),
+        ("variant", "normuon", "variant was 'none'"),
+        ("momentum_dtype", torch.bfloat16, "momentum_dtype was torch.float32"),
+    ],
+)
+def test_options_changed_later_are_looked_at_before_anything_changes(option: str, value: Any, words: str) -> None:
+    params = parameters()
+    optimizer = Muon(params, 0.1)
+    train(optimizer, params, 1)
+    before = [param.detach().clone() for param in params]
+    optimizer.param_groups[0][option] = value
+    set_gradients(params, 1)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=words):
+            optimizer.step()
+    assert all(torch.equal(*pair) for pair in zip(params, before, strict=True))
 
 
 def test_learning_rate_can_be_a_tensor() -> None:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from vlkit.errors import ConfigError
+from vlkit.optim.dtensor import local_of
 from vlkit.optim.layout import Layout, Member, Piece, lay_out
 from vlkit.optim.newton_schulz import Form, Norm, Triple
 from vlkit.optim.partition import Held, SplitStrategy
@@ -40,6 +42,7 @@ from vlkit.optim.update import (
     adamw_update,
     adapt_updates,
     batches,
+    momentum_dtype_of,
     newton_schulz_of,
     orthogonalize_units,
     update_momentum,
@@ -47,15 +50,12 @@ from vlkit.optim.update import (
 )
 from vlkit.optim.variants import STATE_KEY, VARIANTS, Variant, num_rows
 
-if TYPE_CHECKING:
-    import torch.distributed as dist
-
 Group: TypeAlias = dict[str, Any]
 
 # What a copy of the optimizer keeps beside groups and state.
 OWN = (
     *("max_grad_norm", "process_group", "partition", "grad_sync", "split_strategy"),
-    *("skipped_steps", "last_step_skipped", "last_grad_norm"),
+    *("skipped_steps", "last_step_skipped", "last_grad_norm", "_checked"),
 )
 
 
@@ -66,9 +66,9 @@ class Muon(torch.optim.Optimizer):
     but max_grad_norm can differ between groups. With adjust_lr="match_rms_adamw" one learning rate and weight decay,
     tuned for AdamW, serve both.
 
-    A gradient that is not finite changes nothing: neither weights nor state. The step is counted in `skipped_steps` and
-    `last_step_skipped` says so. `last_grad_norm` is the norm over all gradients, before clipping. Gradients are never
-    written to.
+    A gradient that is not finite, or so large that the state would not be, changes nothing: neither weights nor state. The
+    step is counted in `skipped_steps` and `last_step_skipped` says so. `last_grad_norm` is the norm over all gradients,
+    before clipping. Gradients are never written to.
 
     Fine-tuning: a model pretrained with Muon is better fine-tuned with Muon. One pretrained with AdamW is at least as
     well served by AdamW (Moonlight, tables 6 and 7: 89.8 against 85.8 on GSM8K for Qwen2.5-7B).
@@ -161,6 +161,7 @@ class Muon(torch.optim.Optimizer):
         ):
             if value not in known:
                 raise ConfigError(f"{option} is one of {', '.join(map(repr, known))}; found {value!r}")
+        _check_member(process_group)
         if process_group is None and grad_sync != "none":
             raise ConfigError("grad_sync='reduce_scatter' needs process_group, the ranks to average over")
         self.max_grad_norm = max_grad_norm
@@ -171,6 +172,7 @@ class Muon(torch.optim.Optimizer):
         self.skipped_steps = 0
         self.last_step_skipped = False
         self.last_grad_norm: Tensor | None = None
+        self._checked: list[dict[str, Any]] = []  # options of each group, as they were when they were last looked at
         self._layout: Layout | None = None  # made once: for many small matrices it would cost as much as the products
         defaults = {
             "algorithm": "muon",
@@ -208,6 +210,7 @@ class Muon(torch.optim.Optimizer):
             raise ConfigError(
                 f"a parameter group needs 'params', found {', '.join(map(repr, param_group)) or 'nothing'}"
             )
+        _check_names(param_group, self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -219,6 +222,7 @@ class Muon(torch.optim.Optimizer):
         except ConfigError:
             self.param_groups.pop()
             raise
+        self._checked.append(_options(group, self.defaults))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -236,6 +240,7 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.check_options()
         layout = self._made_layout()
 
         # 1. Averaged gradients of what this rank holds. If any is not finite, on any rank, nothing changes.
@@ -268,8 +273,45 @@ class Muon(torch.optim.Optimizer):
         return layout.held.get(parameter, (((0, parameter.numel()),),))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle; the base class would leave out what is not of the groups."""
+        """For copy and pickle; the base class would leave out what is not of the groups.
+
+        Raises:
+            ConfigError: With a process_group, which exists in this run only.
+        """
+        if self.process_group is not None:
+            raise ConfigError(
+                "an optimizer with a process_group cannot be copied or pickled: the group exists in this run only. Build "
+                "another one, and take the state over with full_state_dict() and load_full_state_dict()"
+            )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in OWN}, "_layout": None}
+
+    def check_options(self, *, loaded: bool = False) -> None:
+        """Look at options that were changed in `param_groups` since they were last looked at. Schedulers that cycle
+        momentum write it to betas[0] of all groups; in those of Muon it becomes `momentum`.
+
+        Args:
+            loaded: They come from a state, where momentum is what it says, and have been looked at.
+
+        Raises:
+            ConfigError: Options that cannot be used, or that cannot change any more.
+        """
+        for index, (group, before) in enumerate(zip(self.param_groups, self._checked, strict=True)):
+            now = _options(group, self.defaults)
+            # By identity: what is written may be the numbers that were there.
+            cycled = group["algorithm"] == "muon" and now["betas"] is not before["betas"]
+            if now == before and not cycled:
+                continue
+            if not loaded:
+                for key in ("algorithm", "variant", "momentum_dtype"):
+                    if now[key] != before[key]:
+                        raise ConfigError(
+                            f"group {index}: {key} was {before[key]!r} when its state was made and is {now[key]!r} now; "
+                            f"build the optimizer again"
+                        )
+                check_group({key: value for key, value in group.items() if key in self.defaults}, self.defaults)
+                if cycled:
+                    now["momentum"] = group["momentum"] = now["betas"][0]
+            self._checked[index] = now
 
     # Gradients
 
@@ -307,7 +349,25 @@ class Muon(torch.optim.Optimizer):
             for member, grad, ranks in zip(layout.members, grads, ranks_with, strict=True)
             if ranks
         ]
+        if self._overflows(pieces, norm * clip, clip * unscale, layout):
+            self.last_step_skipped = True
+            self.skipped_steps += 1
+            return [], 1.0
         return pieces, clip * unscale
+
+    def _overflows(self, pieces: Sequence[Piece], norm: float, factor: float, layout: Layout) -> bool:
+        """Whether the state of some rank would not be finite after these gradients. No element is larger than the norm of all,
+        so that is seldom looked at.
+        """
+        if norm <= min(_largest_gradient(torch.float32, group) for group in self.param_groups):
+            return False
+        too_large = any(
+            float(piece.grad.abs().max()) * factor > _largest_gradient(piece.parameter.dtype, piece.group)
+            for piece in pieces
+            if piece.grad.numel()
+        )
+        verdict = torch.tensor(float(too_large), device=layout.device)
+        return bool(layout.sum_over_ranks(verdict, None, [])[0])
 
     # State
 
@@ -337,6 +397,7 @@ class Muon(torch.optim.Optimizer):
         """What this rank holds, in torch's layout, with a `layout` that says which part of the whole it is. The same ranks
         load it again; full_state_dict and sharded_state_dict are for any number of ranks.
         """
+        self.check_options()
         state = super().state_dict()
         groups = [{key: plain(value) for key, value in group.items()} for group in state["param_groups"]]
         return {**state, "param_groups": groups, "layout": layout_of(self)}
@@ -345,14 +406,16 @@ class Muon(torch.optim.Optimizer):
         """Take over a state. That of torch.optim.Muon loads too, with its coefficients and its rule for the learning
         rate. Over ranks, all of them load together.
 
-        Every tensor keeps the dtype that this optimizer gave it, whatever the dtype of the parameter.
+        Momentum takes the momentum_dtype of the state, if that has one; else every tensor keeps the dtype that this optimizer
+        gave it, whatever the dtype of the parameter.
 
         Raises:
             OptimizerStateError: Other ranks, groups, names or shapes, or values that are not finite; nothing is changed.
         """
-        state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
+        if isinstance(state_dict, Mapping):
+            state_dict = dict(state_dict)
+            for hook in self._optimizer_load_state_dict_pre_hooks.values():
+                state_dict = hook(self, state_dict) or state_dict
         load_rank_state(self, state_dict)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -384,9 +447,9 @@ def _new_state(parameter: Tensor, group: Group, layout: Layout) -> dict[str, Ten
     """Zeros for what this rank holds: of the parameter's shape, a DTensor like it, or 1-D under ZeRO-1."""
     wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     if group["algorithm"] == "muon":
-        momentum_dtype = group["momentum_dtype"]
-        dtype = torch.promote_types(wide, momentum_dtype) if wide == torch.float64 else momentum_dtype
-        state = {"momentum_buffer": layout.zeros(parameter, dtype)}
+        state = {
+            "momentum_buffer": layout.zeros(parameter, momentum_dtype_of(parameter.dtype, group["momentum_dtype"]))
+        }
         if group["variant"] == "normuon":
             rows = num_rows(units_of(parameter)) if parameter.numel() else 0
             state[STATE_KEY["normuon"]] = torch.zeros(rows, dtype=wide, device=parameter.device)
@@ -395,6 +458,13 @@ def _new_state(parameter: Tensor, group: Group, layout: Layout) -> dict[str, Ten
         return state
     step = torch.zeros((), dtype=torch.float32, device=parameter.device)
     return {"step": step, **{key: layout.zeros(parameter, wide) for key in ADAMW_STATE}}
+
+
+def _largest_gradient(dtype: torch.dtype, group: Group) -> float:
+    """Elements up to which the state stays finite: means of them, their squares in AdamW, rounding included."""
+    if group["algorithm"] == "muon":
+        return torch.finfo(momentum_dtype_of(dtype, group["momentum_dtype"])).max / 4
+    return math.sqrt(torch.finfo(torch.promote_types(dtype, torch.float32)).max) / 2
 
 
 def _by_group(pieces: Sequence[Piece], algorithm: str) -> list[tuple[Group, list[Piece]]]:
@@ -457,9 +527,52 @@ def _number(key: str, value: Any) -> float:
         raise ConfigError(f"{key} is a number, found {value!r}") from None
 
 
+def _options(group: Group, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a group, as plain values that can be compared with later ones."""
+    return {key: float(group[key]) if _is_scalar(group[key]) else group[key] for key in known if key in group}
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1
+
+
+def _check_member(process_group: Any) -> None:
+    """Raises ConfigError if this process is no member of the ranks it is to work with."""
+    if process_group is None:
+        return
+    if isinstance(process_group, dist.ProcessGroup) and dist.get_rank(process_group) >= 0:
+        return
+    raise ConfigError(
+        f"process_group must be a torch.distributed.ProcessGroup that this rank is a member of, found {process_group!r}; "
+        f"new_group gives other ranks such a value: build the optimizer on the group's own ranks only"
+    )
+
+
+def _check_names(new: Group, groups: Sequence[Group]) -> None:
+    """Raises ConfigError if a group is to join others that have names and has none, or the other way round."""
+    if not isinstance(new, dict) or isinstance(new["params"], set):
+        return  # torch refuses it
+    new["params"] = [new["params"]] if isinstance(new["params"], Tensor) else list(new["params"])
+    has_names = "param_names" in new or any(isinstance(entry, tuple) for entry in new["params"])
+    if groups and has_names != ("param_names" in groups[0]):
+        raise ConfigError(
+            f"the parameters of this optimizer have {'no ' * has_names}names and those of the new group have "
+            f"{'' if has_names else 'no '}names; "
+            + ("leave them out" if has_names else "write 'params' as a list of (name, parameter)")
+        )
+
+
 def _check_parameter(parameter: Tensor, name: str, group: Group) -> None:
-    if not parameter.is_floating_point():
-        raise ConfigError(f"{name} is {parameter.dtype}; Muon and its AdamW take real floating-point parameters")
+    if not parameter.is_floating_point() or parameter.element_size() == 1:
+        raise ConfigError(
+            f"{name} is {parameter.dtype}; Muon and its AdamW take real floating-point parameters of 2 to 8 bytes"
+        )
+    local = local_of(parameter)
+    if any(size > 1 and stride == 0 for size, stride in zip(local.shape, local.stride(), strict=True)):
+        raise ConfigError(
+            f"{name} {tuple(parameter.shape)} is expanded, so several of its elements are one in memory; make it with "
+            f".contiguous() or .clone()"
+        )
     if group["algorithm"] == "muon" and parameter.numel():
         form = newton_schulz_of(group)
         dtype = form.compute_dtype(parameter.device)

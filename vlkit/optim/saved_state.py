@@ -27,6 +27,7 @@ State: TypeAlias = Mapping[str, Any]
 VERSION = 1
 NOT_NEGATIVE = ("step", "exp_avg_sq", *STATE_KEY.values())
 _SHOWN = 5  # names in a message
+_EXPECTED = "{'state': {...}, 'param_groups': [{'params': [...], ...}, ...]}, as an optimizer's state_dict() gives it"
 _TORCH_ONLY = ("amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 
 
@@ -128,9 +129,35 @@ def read_state(state: State, wanted: Wanted, *, alone: bool = True) -> Saved:
         OptimizerStateError: It is no state, or it cannot be told whose values it has.
     """
     try:
+        read_groups(state)
         return _read(state, wanted, alone=alone)
     except (KeyError, TypeError, AttributeError) as bad:
-        raise OptimizerStateError(f"the saved state cannot be understood: {bad!r}") from bad
+        raise OptimizerStateError(f"the saved state cannot be understood ({bad}); expected {_EXPECTED}") from bad
+
+
+def read_groups(state: State) -> None:
+    """Whether a state is of the right kinds, as far as that can be said before it is looked into.
+
+    Raises:
+        OptimizerStateError: It is something else.
+    """
+    if not isinstance(state, Mapping):
+        raise OptimizerStateError(f"the saved state is {type(state).__name__}, expected {_EXPECTED}")
+    for key in ("state", "param_groups"):
+        if key not in state:
+            raise OptimizerStateError(
+                f"the saved state has {', '.join(map(repr, state)) or 'nothing'}, expected 'state' and 'param_groups': it is "
+                f"empty, truncated, or not the state of an optimizer"
+            )
+    groups = state["param_groups"]
+    if not isinstance(state["state"], Mapping) or not isinstance(groups, list | tuple):
+        raise OptimizerStateError(
+            f"the saved state has state={type(state['state']).__name__} and param_groups={type(groups).__name__}, "
+            f"expected {_EXPECTED}"
+        )
+    for index, group in enumerate(groups):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
+            raise OptimizerStateError(f"the saved state has no list 'params' in group {index}, expected {_EXPECTED}")
 
 
 def _read(state: State, wanted: Wanted, *, alone: bool) -> Saved:
@@ -142,12 +169,6 @@ def _read(state: State, wanted: Wanted, *, alone: bool) -> Saved:
         wanted: Where its parameters are looked for.
         alone: It is all; else its groups are ours with its algorithms.
     """
-    for key in ("state", "param_groups"):
-        if key not in state:
-            raise OptimizerStateError(
-                f"the saved state has {', '.join(map(repr, state)) or 'nothing'}, expected 'state' and 'param_groups': it is "
-                f"empty, truncated, or not the state of an optimizer"
-            )
     header = state.get("header", state.get("layout", {}))
     version = header.get("version", VERSION)
     if version != VERSION:
@@ -216,7 +237,11 @@ def _names_by_place(
     ]
     filled = [places for places in ids if places]
     if len(candidates) != len(filled):
-        raise OptimizerStateError(f"the saved state has {len(filled)} groups, this optimizer has {len(candidates)}")
+        raise OptimizerStateError(
+            f"the saved state has {len(filled)} groups, this optimizer has {len(candidates)}. Its parameters have no names, "
+            f"so groups are told by their place: give the states of Muon and AdamW together as a list, or save them from "
+            f"optimizers that were built with named parameters"
+        )
     for index, (places, names) in enumerate(zip(filled, candidates, strict=True)):
         if len(places) != len(names):
             raise OptimizerStateError(

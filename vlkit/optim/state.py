@@ -40,8 +40,19 @@ from vlkit.optim.agree import (
     world,
 )
 from vlkit.optim.parts import Box, Part, Range, checksum, is_dtensor, local_box
-from vlkit.optim.saved_state import VERSION, Group, Plan, State, Wanted, check_value, listed, plan_load, restored
-from vlkit.optim.update import shown
+from vlkit.optim.saved_state import (
+    VERSION,
+    Group,
+    Plan,
+    State,
+    Wanted,
+    check_value,
+    listed,
+    plan_load,
+    read_groups,
+    restored,
+)
+from vlkit.optim.update import momentum_dtype_of, shown
 from vlkit.optim.variants import STATE_KEY
 
 if TYPE_CHECKING:
@@ -154,6 +165,7 @@ def full_state_dict(optimizer: Muon, *, rank0_only: bool = True) -> dict[str, An
         rank0_only: The other ranks get an empty state, {}. False gives all of it to all.
     """
     group, rank = ranks_of(optimizer), rank_in(ranks_of(optimizer))
+    optimizer.check_options()
     state: dict[str, dict[str, Tensor]] = {name: {} for name in chain.from_iterable(names_of(optimizer))}
     for slot in slots_of(optimizer):
         whole = _gather(slot, group)
@@ -182,7 +194,8 @@ def load_full_state_dict(
     them (Moonlight, microsoft/dion) says so: {"header": {"momentum_form": "sum"}, ...}; it is multiplied by 1 - momentum.
 
     Args:
-        optimizer: Of one process or of any number of ranks; its tensors keep their dtype.
+        optimizer: Of one process or of any number of ranks; its tensors keep their dtype, but for the momentum where the
+            options that are taken over have another momentum_dtype.
         state: From full_state_dict, or of torch's optimizers.
         reinitialize: Regular expressions, searched in parameter names. What they match begins anew, whatever the state has.
         options: Take over learning rates and the other options of the groups, which then must be the same groups. False
@@ -214,13 +227,12 @@ def load_full_state_dict(
         group,
     )
     loaded = set(told["loaded"])
+    slots = _take_options(optimizer, told["groups"])
     for slot in slots:
         if slot.name in loaded:
             _fill(slot, plan.values[slot.name][slot.key] if plan else None, group)
         else:
             slot.tensor.zero_()
-    for own, saved in zip(optimizer.param_groups, told["groups"], strict=True):
-        _adopt(own, saved)
     optimizer.skipped_steps = told["skipped_steps"]
 
 
@@ -309,6 +321,19 @@ def _to_json(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else plain(value)
 
 
+def _take_options(optimizer: Muon, saved: Sequence[Group]) -> list[Slot]:
+    """Take over the options of all groups, and let the momentum have the dtype that they say; what is to be filled."""
+    for group, options in zip(optimizer.param_groups, saved, strict=True):
+        _adopt(group, options)
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if "momentum_buffer" in state:
+                dtype = momentum_dtype_of(parameter.dtype, group["momentum_dtype"])
+                state["momentum_buffer"] = state["momentum_buffer"].to(dtype)
+    optimizer.check_options(loaded=True)
+    return slots_of(optimizer)
+
+
 def _adopt(own: Group, options: Group) -> None:
     """Take over options, with dtypes, tuples and a tensor as learning rate where this optimizer has them."""
     for key, value in options.items():
@@ -331,16 +356,15 @@ def load_rank_state(optimizer: Muon, state: State) -> None:
     plan: Plan | None = None
     failure: Exception | None = None
     try:
+        read_groups(state)
         _check_layout(layout_of(optimizer), state)
         plan = plan_load([state], _wanted(optimizer, slots, local=True))
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         failure = error
     raise_together(failure, ranks_of(optimizer))
     assert plan is not None
-    for slot in slots:
+    for slot in _take_options(optimizer, plan.groups):
         slot.tensor.copy_(plan.values[slot.name][slot.key])
-    for own, options in zip(optimizer.param_groups, plan.groups, strict=True):
-        _adopt(own, options)
     optimizer.skipped_steps = plan.skipped_steps
 
 
@@ -398,6 +422,7 @@ def sharded_state_dict(optimizer: Muon) -> dict[str, Tensor]:
     HuggingFaceStorageReader, where nothing is pickled, takes plain tensors and DTensors, on any number of ranks, and Parts of
     partition="flat", on any number of ranks under ZeRO-1, one rank included.
     """
+    optimizer.check_options()
     rank = rank_in(ranks_of(optimizer))
     tensors: dict[str, Tensor] = {f"state.{slot.name}.{slot.key}": slot.part(rank) for slot in slots_of(optimizer)}
     for index, group in enumerate(optimizer.param_groups):
@@ -446,6 +471,7 @@ def _take_sharded(optimizer: Muon, state: Mapping[str, Tensor]) -> None:
         for key in NUMBERS:
             options_found = _local(state[f"param_groups.{index}.{key}"]).tolist()
             _adopt(options, {key: options_found})
+    optimizer.check_options(loaded=True)
     optimizer.skipped_steps = int(_local(state["header.skipped_steps"]))
 
 
@@ -476,6 +502,7 @@ def save_state(optimizer: Muon, folder: Path | str) -> Path:
         DiskFullError: Not enough space; an older state in the folder is whole. Raised on all ranks, like what follows.
         CheckpointError: The folder cannot be written.
     """
+    optimizer.check_options()
     group, slots = ranks_of(optimizer), slots_of(optimizer)
     folder = Path(folder)
     if rank_in(group):

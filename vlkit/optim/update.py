@@ -107,6 +107,11 @@ def batches(blocks: Iterable[Block]) -> Iterator[list[Block]]:
         yield batch
 
 
+def momentum_dtype_of(dtype: torch.dtype, momentum_dtype: torch.dtype) -> torch.dtype:
+    """Of the momentum of a parameter of `dtype`: as asked for, and fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else momentum_dtype
+
+
 def update_momentum(blocks: list[Block], options: Mapping[str, Any], factor: float) -> list[Tensor]:
     """Move the running means towards the gradients, and return the directions; elementwise, so exact on any slice of
     a unit.
