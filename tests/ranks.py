@@ -13,7 +13,7 @@ import multiprocessing
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -70,6 +70,11 @@ def run_ranks(work: Callable[..., Any], num_ranks: int, *args: Any, timeout: flo
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def all_of(rank: int, works: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    """Several works in the same processes, which cost more to start than most works take."""
+    return [work(rank, *args) for work, args in works]
 
 
 def _collect(pipes: list[Connection], end: float, timeout: float) -> list[Any]:

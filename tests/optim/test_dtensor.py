@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.debug import CommDebugMode
 
 from tests.optim.over_ranks import MATRICES, declare, gradients, one_process, plain, state_tensors, values
-from tests.ranks import run_ranks
+from tests.ranks import all_of, run_ranks
 from vlkit.errors import ConfigError
 from vlkit.optim import Muon
 
@@ -93,6 +93,14 @@ def test_shards_end_with_the_bits_of_one_device(num_ranks: int, dtype: torch.dty
         assert set(found.values()) == {0.0}, found
 
 
+@pytest.fixture(scope="module")
+def on_four() -> dict[str, list[Any]]:
+    """What each work gives on four ranks, by its name."""
+    works = [under_fsdp, experts_under_fsdp, asymmetric, not_finite, norms, sent, refusals]
+    found = run_ranks(all_of, 4, [(work, ()) for work in works])
+    return {work.__name__: list(results) for work, results in zip(works, zip(*found, strict=True), strict=True)}
+
+
 class Small(nn.Module):
     """A stack of experts beside matrices with 65 and 3 rows."""
 
@@ -151,9 +159,9 @@ def under_fsdp(rank: int) -> tuple[bool, list[Tensor], list[list[Tensor]]]:
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_a_model_under_fully_shard_is_trained_as_on_one_device(num_ranks: int) -> None:
+def test_a_model_under_fully_shard_is_trained_as_on_one_device(num_ranks: int, on_four: dict[str, list[Any]]) -> None:
     """Given the gradients that fully_shard made, to the bit."""
-    results = run_ranks(under_fsdp, num_ranks)
+    results = on_four["under_fsdp"] if num_ranks == 4 else run_ranks(under_fsdp, num_ranks)
     model = made()
     optimizer = Muon(groups_of(model), 0.02, ns_dtype=torch.float32)
     for grads in results[0][2]:
@@ -181,8 +189,8 @@ def experts_under_fsdp(rank: int) -> tuple[str, list[Tensor], list[Tensor]]:
     return str(model.stack.placements), whole, [param.full_tensor().detach() for param in model.parameters()]  # type: ignore[attr-defined]
 
 
-def test_experts_dealt_out_before_fully_shard_are_whole_matrices() -> None:
-    for placements, start, ours in run_ranks(experts_under_fsdp, 4):
+def test_experts_dealt_out_before_fully_shard_are_whole_matrices(on_four: dict[str, list[Any]]) -> None:
+    for placements, start, ours in on_four["experts_under_fsdp"]:
         assert "Strided" in placements
         params = [nn.Parameter(value) for value in start]
         for param in params:
@@ -202,7 +210,11 @@ def test_state_is_cut_as_parameters_are() -> None:
     assert sum(run_ranks(bytes_kept, 3)) == whole
 
 
-def asymmetric(rank: int, zeros: bool) -> list[Tensor]:
+def asymmetric(rank: int) -> tuple[list[Tensor], list[Tensor]]:
+    return _asymmetric(rank, False), _asymmetric(rank, True)
+
+
+def _asymmetric(rank: int, zeros: bool) -> list[Tensor]:
     """Two axes, the first for experts: those of one coordinate got no tokens, and one rank has no gradient at all."""
     mesh = mesh_of(2)
     placements = WAYS["experts"][1]
@@ -217,9 +229,8 @@ def asymmetric(rank: int, zeros: bool) -> list[Tensor]:
     return [param.to_local().detach() for param in params]  # type: ignore[attr-defined]
 
 
-def test_gradients_missing_on_some_ranks_are_zeros_there() -> None:
-    absent, zeros = run_ranks(asymmetric, 4, False), run_ranks(asymmetric, 4, True)
-    for ours, theirs in zip(absent, zeros, strict=True):
+def test_gradients_missing_on_some_ranks_are_zeros_there(on_four: dict[str, list[Any]]) -> None:
+    for ours, theirs in on_four["asymmetric"]:
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -237,8 +248,8 @@ def not_finite(rank: int) -> tuple[bool, float]:
     )
 
 
-def test_a_shard_that_is_not_finite_stops_all() -> None:
-    assert run_ranks(not_finite, 4) == [(True, 0.0)] * 4
+def test_a_shard_that_is_not_finite_stops_all(on_four: dict[str, list[Any]]) -> None:
+    assert on_four["not_finite"] == [(True, 0.0)] * 4
 
 
 def norms(rank: int) -> list[float]:
@@ -253,9 +264,9 @@ def norms(rank: int) -> list[float]:
     return found
 
 
-def test_the_norm_counts_copies_once() -> None:
+def test_the_norm_counts_copies_once(on_four: dict[str, list[Any]]) -> None:
     norm = torch.cat([grad.flatten() for grad in gradients(0)]).double().norm().item()
-    for found in run_ranks(norms, 4):
+    for found in on_four["norms"]:
         assert found == pytest.approx([norm] * 3, rel=1e-6)
 
 
@@ -272,13 +283,14 @@ def sent(rank: int) -> int:
 
     dist.batch_isend_irecv = counted
     train_sharded(params, optimizer, 1, torch.float32)
+    dist.batch_isend_irecv = plain_function
     return total[0]
 
 
-def test_only_matrices_travel_to_one_rank_and_back() -> None:
+def test_only_matrices_travel_to_one_rank_and_back(on_four: dict[str, list[Any]]) -> None:
     """In bf16, less the share of the rank that works on them; experts stay where they are."""
     matrices = [math.prod(shape) for shape in MATRICES if len(shape) != 3]
-    volume = sum(run_ranks(sent, 4))
+    volume = sum(on_four["sent"])
     assert 0.5 * 4 * sum(matrices) < volume <= 0.75 * 4 * sum(matrices) + 4 * 200
 
 
@@ -306,8 +318,8 @@ def refusals(rank: int) -> dict[str, str]:
     return found
 
 
-def test_what_cannot_be_exact_is_refused() -> None:
-    for found in run_ranks(refusals, 4):
+def test_what_cannot_be_exact_is_refused(on_four: dict[str, list[Any]]) -> None:
+    for found in on_four["refusals"]:
         for what, (_, _, words) in REFUSED.items():
             assert words in found[what]
             assert bool(words) == bool(found[what])

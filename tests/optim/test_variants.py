@@ -422,7 +422,11 @@ def test_variants_over_ranks_are_those_of_one_process(variant: Any, options: dic
         assert max(held) - min(held) < 2 * num_ranks
 
 
-def _variant_on_dtensors(rank: int, options: dict[str, Any]) -> dict[str, tuple[list[Tensor], dict[str, Any]]]:
+def _variants_on_dtensors(rank: int, options: dict[str, Any]) -> dict[str, Any]:
+    return {variant: _variant_on_dtensors({**options, "variant": variant}) for variant in ("normuon", "adamuon")}
+
+
+def _variant_on_dtensors(options: dict[str, Any]) -> dict[str, tuple[list[Tensor], dict[str, Any]]]:
     """What every rank has in the end, put together, for several ways to lie on a mesh."""
     from torch.distributed.tensor import Replicate, Shard
 
@@ -444,14 +448,21 @@ def _variant_on_dtensors(rank: int, options: dict[str, Any]) -> dict[str, tuple[
     return found
 
 
+ON_DTENSORS: dict[str, Any] = {"ns_dtype": torch.float32, "variant_beta": 0.9}
+
+
+@pytest.fixture(scope="module")
+def on_dtensors() -> list[dict[str, Any]]:
+    return run_ranks(_variants_on_dtensors, 4, ON_DTENSORS)
+
+
 @pytest.mark.parametrize("variant", ["normuon", "adamuon"])
-def test_variants_on_dtensors_are_those_of_one_process(variant: Any) -> None:
+def test_variants_on_dtensors_are_those_of_one_process(variant: Any, on_dtensors: list[dict[str, Any]]) -> None:
     """Four ranks. NorMuon bit for bit, state included; AdaMuon to the rounding of sums over ranks."""
-    options = {"ns_dtype": torch.float32, "variant": variant, "variant_beta": 0.9}
-    expected, optimizer = over_ranks.one_process(**options)
+    expected, optimizer = over_ranks.one_process(**ON_DTENSORS, variant=variant)
     state = optimizer.full_state_dict()["state"]
-    for of_rank in run_ranks(_variant_on_dtensors, 4, options):
-        for way, (found, found_state) in of_rank.items():
+    for of_rank in on_dtensors:
+        for way, (found, found_state) in of_rank[variant].items():
             for ours, theirs, zero in zip(found, expected, over_ranks.values(), strict=True):
                 bound = 0.0 if variant == "normuon" else 1e-6 * (theirs - zero).norm()
                 assert (ours - theirs).norm() <= bound, way

@@ -112,8 +112,3 @@ def furthest(ours: nn.Module, theirs: nn.Module, *, of: Callable[[Tensor], Tenso
 
 def gradient(parameter: Tensor) -> Tensor | None:
     return parameter.grad
-
-
-def all_of(rank: int, works: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
-    """Several works in the same processes, which cost more to start than most works take."""
-    return [work(rank, *args) for work, args in works]

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from tests.ranks import run_ranks
-from tests.training.steps import all_of, backward, furthest, gradient, make, num_targets, shares
+from tests.ranks import all_of, run_ranks
+from tests.training.steps import backward, furthest, gradient, make, num_targets, shares
 from vlkit.errors import ConfigError
 from vlkit.layers.moe import Experts, Router
 from vlkit.models import VisionLanguageModel

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.ranks import run_ranks
-from tests.training.steps import all_of, backward, make, shares
+from tests.ranks import all_of, run_ranks
+from tests.training.steps import backward, make, shares
 from vlkit.errors import ConfigError, CorruptCheckpointError, NonFiniteWeightsError, RankError
 from vlkit.hub.safetensors_file import Header, MappedFile
 from vlkit.models import VisionLanguageModel

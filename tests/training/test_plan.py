@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlkit
-from tests.ranks import run_ranks
+from tests.ranks import all_of, run_ranks
 from vlkit.errors import ConfigError, ImageError, SequenceTooLongError, UnknownModelError
 from vlkit.models.vlm import VisionLanguageModel
 from vlkit.optim import Muon
@@ -119,8 +119,20 @@ def zero1_step(rank: int, name: str, partition: Any) -> tuple[int, Counter[str]]
     return state_bytes(optimizer), sent.bytes
 
 
-@pytest.mark.parametrize(("replicate", "expert_parallel"), [(1, 1), (2, 1), (1, 2)])
-def test_fsdp_holds_and_sends_what_was_planned(replicate: int, expert_parallel: int) -> None:
+MESHES = [(1, 1), (2, 1), (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def fsdp_steps() -> list[list[Any]]:
+    """A step of four ranks, in every arrangement."""
+    works = [(fsdp_step, ("kimi-vl-tiny", *each)) for each in MESHES]
+    return [list(results) for results in zip(*run_ranks(all_of, 4, works), strict=True)]
+
+
+@pytest.mark.parametrize(("replicate", "expert_parallel"), MESHES)
+def test_fsdp_holds_and_sends_what_was_planned(
+    replicate: int, expert_parallel: int, fsdp_steps: list[list[Any]]
+) -> None:
     name, ranks, tokens = "kimi-vl-tiny", 4, 26
     planned = plan(
         name,
@@ -132,7 +144,7 @@ def test_fsdp_holds_and_sends_what_was_planned(replicate: int, expert_parallel: 
         image=(24, 16),
         dtype="fp32",
     )
-    found = run_ranks(fsdp_step, ranks, name, replicate, expert_parallel)
+    found = fsdp_steps[MESHES.index((replicate, expert_parallel))]
     assert planned.memory.weights == max(weights for weights, *_ in found)
     assert planned.memory.gradients == max(gradients for _, gradients, *_ in found)
     assert planned.memory.state == max(state for *_, state, _ in found)

@@ -14,11 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from tests.ranks import run_ranks
+from tests.ranks import all_of, run_ranks
 from tests.training.steps import (
     Optimizer,
     adamw,
-    all_of,
     backward,
     furthest,
     gradient,

@@ -113,8 +113,9 @@ def shard_model(
     """
     if not isinstance(model, VisionLanguageModel):
         raise ConfigError(
-            f"shard_model takes a VisionLanguageModel, as create_model and from_pretrained give it, found "
-            f"{type(model).__name__}; shard other modules with torch.distributed.fsdp.fully_shard: Muon takes their parameters too"
+            "shard_model takes a VisionLanguageModel, as create_model and from_pretrained give it, found "
+            f"{type(model).__name__}; shard other modules with torch.distributed.fsdp.fully_shard: Muon takes their "
+            "parameters too"
         )
     mesh = make_mesh() if mesh is None else mesh
     if mesh.mesh_dim_names != (REPLICATE, SHARD, EXPERT):
