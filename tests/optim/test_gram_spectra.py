@@ -7,6 +7,7 @@ restart amplify the difference. Where singular values come close to the edge of 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -18,10 +19,15 @@ SHAPE = (256, 400)
 LARGEST = {"keller": 1.21, "quintic": 1.15, "polar_express": 1.15, "ps5": 1.03, "ps4": 1.12, "deepseek_v4": 1.01}
 
 
-def with_spectrum(values: Tensor) -> Tensor:
-    rows, cols = SHAPE
+@cache
+def directions() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    u, _, vh = torch.linalg.svd(torch.randn(rows, cols, generator=generator), full_matrices=False)
+    u, _, vh = torch.linalg.svd(torch.randn(*SHAPE, generator=generator), full_matrices=False)
+    return u, vh
+
+
+def with_spectrum(values: Tensor) -> Tensor:
+    u, vh = directions()
     return u * values.float() @ vh
 
 
