@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +113,16 @@ def load(optimizer: Muon, way: str, folder: Path) -> None:
 
 
 def leg(
-    _: int, form: str, ways: list[str], weights: Weights, source: Path | None, target: Path | None, first: int
-) -> Weights:
+    _: int,
+    expected: Weights,
+    form: str,
+    ways: list[str],
+    weights: Weights,
+    source: Path | None,
+    target: Path | None,
+    first: int,
+) -> None:
     """Load, train five steps, save: the same in every way, and with the same end."""
-    expected = uninterrupted(first + 5, weights["large"].dtype)
     for way in ways:
         optimizer, params = build(form, weights, lr=0.01 if source is None else 0.5)
         if source is not None:
@@ -126,13 +132,28 @@ def leg(
             target.mkdir(exist_ok=True)
             save(optimizer, way, target / way)
         assert_close(values(params), expected, rtol=0, atol=0)
+
+
+def run(
+    ranks: int,
+    form: str,
+    ways: list[str],
+    weights: Weights,
+    source: Path | None,
+    target: Path | None,
+    first: int,
+) -> Weights:
+    """Returns what weights are afterwards, the same on all ranks."""
+    expected = uninterrupted(first + 5, weights["large"].dtype)
+    args = (expected, form, ways, weights, source, target, first)
+    if form == "one":
+        leg(0, *args)
+    else:
+        run_ranks(leg, ranks, *args)
     return expected
 
 
-def run(ranks: int, form: str, *args: Any) -> Weights:
-    return leg(0, form, *args) if form == "one" else dict(run_ranks(leg, ranks, form, *args)[0])
-
-
+@cache
 def uninterrupted(steps: int, dtype: torch.dtype = torch.float32) -> Weights:
     optimizer, params = build("one", start(dtype))
     train(optimizer, params, 0, steps)

@@ -383,7 +383,7 @@ def test_the_real_model_lies_on_many_ranks_as_planned(ranks: int, replicate: int
     """Kimi-VL on meta, sharded by FSDP2 for the first of so many ranks, of which the others do not exist."""
     options = {"ranks": ranks, "replicate": replicate, "expert_parallel": expert_parallel}
     planned = plan("kimi-vl-a3b", sharding="fsdp", dtype="fp32", **options)
-    ((weights, state),) = run_ranks(first_of_many, 1, *options.values())
+    ((weights, state),) = run_ranks(first_of_many, 1, *options.values(), timeout=300)
     assert planned.memory.weights == weights
     assert planned.memory.state == state
 
