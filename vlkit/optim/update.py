@@ -246,6 +246,9 @@ def _whole_vectors(
             whole.append((i, first))
         if first < numel:
             at_step.setdefault(float(steps[i]), []).append((i, first))
+    if not at_step:
+        yield columns, steps
+        return
     result = [[_elements(column[i], 0, stop) for i, stop in whole] for column in columns]
     counters = [steps[i] for i, _ in whole]
     copies = []
