@@ -84,7 +84,7 @@ def _collect(pipes: list[Connection], end: float, timeout: float) -> list[Any]:
         ready = wait(list(waiting), max(0.0, end - monotonic()))
         assert ready, f"ranks {sorted(waiting.values())} have not ended after {timeout} seconds"
         for pipe in ready:
-            rank = waiting.pop(pipe)  # type: ignore[arg-type, call-overload]
+            rank = waiting.pop(pipe)
             try:
                 done, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
             except EOFError:

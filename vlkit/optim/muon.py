@@ -222,6 +222,7 @@ class Muon(torch.optim.Optimizer):
         except ConfigError:
             self.param_groups.pop()
             raise
+        _mirror_momentum(group)
         self._checked.append(_options(group, self.defaults))
 
     @torch.no_grad()
@@ -287,7 +288,7 @@ class Muon(torch.optim.Optimizer):
 
     def check_options(self, *, loaded: bool = False) -> None:
         """Look at options that were changed in `param_groups` since they were last looked at. Schedulers that cycle
-        momentum write it to betas[0] of all groups; in those of Muon it becomes `momentum`.
+        momentum write it to betas[0] of all groups; in those of Muon that is the same number as `momentum`.
 
         Args:
             loaded: They come from a state, where momentum is what it says, and have been looked at.
@@ -297,9 +298,7 @@ class Muon(torch.optim.Optimizer):
         """
         for index, (group, before) in enumerate(zip(self.param_groups, self._checked, strict=True)):
             now = _options(group, self.defaults)
-            # By identity: what is written may be the numbers that were there.
-            cycled = group["algorithm"] == "muon" and now["betas"] is not before["betas"]
-            if now == before and not cycled:
+            if now == before:
                 continue
             if not loaded:
                 for key in ("algorithm", "variant", "momentum_dtype"):
@@ -309,9 +308,10 @@ class Muon(torch.optim.Optimizer):
                             f"build the optimizer again"
                         )
                 check_group({key: value for key, value in group.items() if key in self.defaults}, self.defaults)
-                if cycled:
-                    now["momentum"] = group["momentum"] = now["betas"][0]
-            self._checked[index] = now
+                if group["algorithm"] == "muon" and now["betas"][0] != before["betas"][0]:
+                    group["momentum"] = now["betas"][0]
+            _mirror_momentum(group)
+            self._checked[index] = _options(group, self.defaults)
 
     # Gradients
 
@@ -525,6 +525,12 @@ def _number(key: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
         raise ConfigError(f"{key} is a number, found {value!r}") from None
+
+
+def _mirror_momentum(group: Group) -> None:
+    """In a Muon group betas[0] and momentum are one number, so that schedulers of AdamW's momentum move both."""
+    if group["algorithm"] == "muon":
+        group["betas"] = (group["momentum"], group["betas"][1])
 
 
 def _options(group: Group, known: Mapping[str, Any]) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def load_checkpoint(
     optimizer.load_sharded_state_dict(tensors)
     for own, kept in zip(optimizer.param_groups, options, strict=True):
         own.update(kept)
-    optimizer.check_options(loaded=True)  # else betas that were written back would pass for cycled momentum
+    optimizer.check_options()
     load_shards(path / "model", model_tensors(model), group)
     return read_json(path / STATE, error=CorruptCheckpointError)
 
