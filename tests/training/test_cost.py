@@ -47,13 +47,17 @@ def flops_of_run(model: Any, batch: Batch) -> tuple[int, int]:
     def product(out: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
         return 2 * a[0] * a[1] * b[1]
 
-    none = dict.fromkeys((aten.bmm, aten.baddbmm), lambda *args, **kwargs: 0)
-    counter = FlopCounterMode(display=False, custom_mapping={aten.addmm_: product, **none})
+    counter = FlopCounterMode(display=False, custom_mapping={aten.addmm_: product})
+
+    def products() -> int:
+        counts = counter.get_flop_counts()["Global"]
+        return sum(counts.get(operator, 0) for operator in (aten.mm, aten.addmm, aten.addmm_))
+
     with counter:
         loss = model(batch).loss
-        forward = counter.get_total_flops()
+        forward = products()
         loss.backward()
-    return forward, counter.get_total_flops()
+    return forward, products()
 
 
 def rows_filled_up(model: Any, batch: Batch) -> int:
