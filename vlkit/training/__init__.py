@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vlkit.training.gathering import gather_model, save_sharded
     from vlkit.training.loop import Result, train
     from vlkit.training.recompute import checkpoint_blocks
+    from vlkit.training.rope_theta import set_rope_theta
     from vlkit.training.sharding import load_sharded, make_mesh, shard_model
 
 _HOME = {
@@ -29,6 +30,7 @@ _HOME = {
     "parallel_experts": "experts",
     "read_train_config": "config",
     "save_sharded": "gathering",
+    "set_rope_theta": "rope_theta",
     "shard_model": "sharding",
     "train": "loop",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "parallel_experts",
     "read_train_config",
     "save_sharded",
+    "set_rope_theta",
     "shard_model",
     "train",
 ]
