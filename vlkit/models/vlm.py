@@ -30,6 +30,9 @@ from vlkit.objectives import chunked_cross_entropy, next_token_targets
 from vlkit.packing import Batch, Layout, Packed
 from vlkit.registry import KINDS, component, component_of
 
+Objective = Callable[[DecoderOutput, Tensor], Any]
+"""(decoded, weight of the head [vocab, dim]) -> what a step minimises, and what else is to be known of the forward."""
+
 
 class HubInputs(Config):
     """How the Hub processor of a model's family writes its tensors; `model.pack` translates. A model whose parts are swapped
@@ -157,6 +160,7 @@ class Output:
         loss: Mean next-token cross-entropy in nats over the tokens with a label; None if the batch has no labels.
         num_targets: How many tokens the loss is a mean of.
         routing: Which experts every token chose, one per MoE layer; empty for dense decoders.
+        value: What the objective gave that `forward` was called with.
     """
 
     hidden: Packed
@@ -164,6 +168,7 @@ class Output:
     loss: Tensor | None = None
     num_targets: int = 0
     routing: tuple[Routing, ...] = ()
+    value: Any = None
 
     @cached_property
     def logits(self) -> Packed:
@@ -212,12 +217,14 @@ class VisionLanguageModel(nn.Module):
         self.projector: Any = component_of(config.projector).module(config.projector)
         self.llm: Any = component_of(config.llm).module(config.llm)
 
-    def forward(self, batch: Batch, *, cache: Cache | None = None) -> Output:
+    def forward(self, batch: Batch, *, cache: Cache | None = None, objective: Objective | None = None) -> Output:
         """Run a packed batch of sequences with images.
 
         Args:
             batch: Ids, patches and, for the loss, labels.
             cache: Keys and values of what came before; the batch then holds only what is new.
+            objective: Called with the decoder's output and the weight of the head instead of taking the loss of the labels;
+                `Output.value` is what it gives. It runs inside of the forward, where sharded weights are whole.
 
         Returns:
             Hidden states, logits on demand, the loss if there are labels, and the routing of MoE layers.
@@ -227,6 +234,9 @@ class VisionLanguageModel(nn.Module):
             TokenError: An id outside the vocabulary.
         """
         decoded = self._decode(batch, cache)
+        if objective is not None:
+            value = objective(decoded, self.llm.head_weight)
+            return Output(decoded.hidden, self.llm.head, routing=decoded.routing, value=value)
         loss, count = None, 0
         if batch.labels is not None:
             targets = next_token_targets(batch.labels, batch.ids.layout)
