@@ -1,6 +1,5 @@
-"""Conversations on disk, and which of them a step learns from.
+"""Which conversations a step learns from.
 
-    files --one pass--> where every line begins
     seed, epoch -> order of the samples; step s takes positions [s * batch, (s + 1) * batch) of that endless sequence
     rank k of N prepares a contiguous part of them -> micro-batches
 
@@ -9,175 +8,19 @@ Which samples a step takes depends on the seed and the position alone: not on ra
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlkit.errors import ConfigError, SampleError, SequenceTooLongError, UnsafePathError, VlkitError
-from vlkit.hub.strict_json import parse_json
+from vlkit.errors import SampleError, SequenceTooLongError, VlkitError
 from vlkit.objectives import next_token_targets
 from vlkit.objectives.cross_entropy import IGNORE
 from vlkit.packing import Batch
 from vlkit.processing import Processor
-from vlkit.processing.chat import usual_parts
-
-_FIELDS = ("messages", "images", "videos", "tools", "id")
-
-
-@dataclass(frozen=True)
-class LinesFile:
-    """A file of JSON lines.
-
-    Attributes:
-        path: Where it is.
-        starts: Offset of every line that holds something.
-        lines: Number of each of these lines, from 1.
-        size: Bytes.
-        sha256: Of the whole file.
-    """
-
-    path: Path
-    starts: np.ndarray
-    lines: np.ndarray
-    size: int
-    sha256: str
-
-    @classmethod
-    def scan(cls, path: Path | str) -> LinesFile:
-        """Find the lines of a file.
-
-        Raises:
-            ConfigError: It cannot be read, or holds nothing.
-        """
-        path = Path(path)
-        digest, starts, lines = hashlib.sha256(), [], []
-        offset = 0
-        try:
-            with path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    digest.update(line)
-                    if line.strip():
-                        starts.append(offset)
-                        lines.append(number)
-                    offset += len(line)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-        if not starts:
-            raise ConfigError(f"{path}: no lines; a file of conversations has one JSON object per line")
-        return cls(path, np.array(starts), np.array(lines), offset, digest.hexdigest())
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def read(self, index: int) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(int(self.starts[index]))
-            return file.readline()
-
-    def where(self, index: int) -> str:
-        return f"{self.path}, line {self.lines[index]}"
-
-
-class Conversations:
-    """The samples of several files of JSON lines.
-
-    A line is {"messages": [...]}, where parts hold their images and videos, or "images" and "videos" beside the messages
-    do; "tools" are passed on; "id" is for people. Paths are relative to the file's folder and never leave it.
-
-    Raises:
-        ConfigError: A file that cannot be read or is empty.
-    """
-
-    def __init__(self, files: Sequence[Path | str]) -> None:
-        self.files = [LinesFile.scan(path) for path in files]
-        self._ends = np.cumsum([len(file) for file in self.files])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def fingerprint(self) -> list[dict[str, Any]]:
-        """What tells these files from others, wherever they lie."""
-        return [
-            {"name": file.path.name, "bytes": file.size, "samples": len(file), "sha256": file.sha256}
-            for file in self.files
-        ]
-
-    def where(self, index: int) -> str:
-        """File and line of a sample."""
-        file, line = self._find(index)
-        return file.where(line)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """The sample as it is on disk, with the paths of its images made absolute.
-
-        Raises:
-            SampleError: Not JSON, another shape, or a path that leaves the folder; with file and line.
-        """
-        file, line = self._find(index)
-        where = file.where(line)
-        values = parse_json(file.read(line).strip(), where, error=SampleError)
-        if unknown := sorted(set(values) - set(_FIELDS)):
-            raise SampleError(f"{where}: unknown field {unknown[0]!r}; a sample has {', '.join(_FIELDS)}")
-        messages = values.get("messages")
-        if not (isinstance(messages, list) and messages and all(isinstance(each, dict) for each in messages)):
-            raise SampleError(f"{where}: 'messages' must be a list of messages, found {json.dumps(messages)[:80]}")
-        try:
-            return _confined(values, file.path.parent.resolve())
-        except VlkitError as error:
-            raise SampleError(f"{where}: {error}") from error
-
-    def _find(self, index: int) -> tuple[LinesFile, int]:
-        file = int(np.searchsorted(self._ends, index, side="right"))
-        return self.files[file], index - (int(self._ends[file - 1]) if file else 0)
-
-
-def _confined(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The sample with every path made absolute, or UnsafePathError."""
-
-    def source(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {**value, "path": source(value["path"])} if isinstance(value.get("path"), str) else value
-        if isinstance(value, list):  # the frames of a video
-            return [source(each) for each in value]
-        if not isinstance(value, str) or value[:5].lower() == "data:":
-            return value
-        if value[:8].lower().startswith(("http://", "https://")):
-            return value  # refused, with a way out, where images are read
-        if "\0" in value:
-            raise UnsafePathError(f"{value!r} holds a zero byte, which no path has")
-        path = Path(value.removeprefix("file://"))
-        real = Path(os.path.realpath(folder / path))
-        if not real.is_relative_to(folder):
-            raise UnsafePathError(
-                f"{value!r} lies outside of {folder}; images and videos are named relative to the file's folder"
-            )
-        if path.is_absolute():
-            raise UnsafePathError(
-                f"{value!r} is absolute; images and videos are named relative to the file's folder: write "
-                f"{str(real.relative_to(folder))!r}"
-            )
-        return str(real)
-
-    def part(value: Any) -> Any:
-        if not isinstance(value, Mapping) or value.get("type") not in ("image", "video"):
-            return value
-        return {key: source(each) if key == value["type"] else each for key, each in value.items()}
-
-    def message(value: Any) -> Any:
-        if isinstance(value, Mapping) and isinstance(value.get("content"), list):
-            return {**value, "content": [part(each) for each in value["content"]]}
-        return value
-
-    messages = [message(each) for each in usual_parts(values["messages"])]
-    beside = {key: [source(each) for each in values[key]] for key in ("images", "videos") if values.get(key)}
-    return {**values, **beside, "messages": messages}
+from vlkit.training.sources import LinesFile as LinesFile
+from vlkit.training.sources import SampleFiles as Conversations
 
 
 def order(num_samples: int, positions: Iterable[int], *, seed: int, shuffle: bool = True) -> list[int]:
