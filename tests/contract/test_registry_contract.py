@@ -73,8 +73,16 @@ def test_gradients_reach_everything(name: str) -> None:
     contract.gradients_reach_everything(model_of(name, torch.float32))
 
 
+COMPILED_ALWAYS = ("moonvit-tiny", "moonlight-tiny", "qwen3-tiny")  # the others in the slow run
+
+
 @pytest.mark.parametrize(
-    ("kind", "part"), [(k, n) for k in ("vision", "llm") for n in vlkit.list_components(k, "*-tiny")]
+    ("kind", "part"),
+    [
+        pytest.param(kind, name, marks=[] if name in COMPILED_ALWAYS else pytest.mark.slow)
+        for kind in ("vision", "llm")
+        for name in vlkit.list_components(kind, "*-tiny")
+    ],
 )
 def test_blocks_compile(kind: str, part: str) -> None:
     torch.manual_seed(0)

@@ -80,7 +80,7 @@ def every_way(rank: int, dtype: torch.dtype, options: dict[str, Any], expected: 
 @pytest.mark.parametrize(
     ("num_ranks", "dtype", "options"),
     [
-        (2, torch.float32, {"ns_dtype": torch.float32}),
+        pytest.param(2, torch.float32, {"ns_dtype": torch.float32}, marks=pytest.mark.slow),
         (3, torch.bfloat16, {"ns_dtype": torch.bfloat16, "max_grad_norm": 3.0}),
         (4, torch.float32, {"ns_dtype": torch.float32, "max_grad_norm": 3.0}),
     ],

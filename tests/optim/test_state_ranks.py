@@ -161,7 +161,7 @@ def uninterrupted(steps: int, dtype: torch.dtype = torch.float32) -> Weights:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # torch.distributed.checkpoint, in one process
-@pytest.mark.parametrize("form", ["flat", "matrix", "dtensor"])
+@pytest.mark.parametrize("form", ["flat", pytest.param("matrix", marks=pytest.mark.slow), "dtensor"])
 def test_four_ranks_go_on_as_any_number(tmp_path: Path, form: str) -> None:
     """Five steps on four ranks, five on 2, 3 and 1: on every rank bit for bit ten steps of one process.
 

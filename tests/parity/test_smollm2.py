@@ -18,6 +18,7 @@ from vlkit.llm.llama import LlamaConfig, build_llama, keys
 from vlkit.packing import Layout, Packed
 
 tokenizers = pytest.importorskip("tokenizers")
+pytestmark = pytest.mark.slow  # 135 million real weights
 
 
 def half_split(rows: np.ndarray, heads: int) -> np.ndarray:

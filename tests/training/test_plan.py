@@ -378,7 +378,9 @@ def test_an_unknown_name_has_neighbours() -> None:
 # ---- as many ranks as nobody has here -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ranks", "replicate", "expert_parallel"), [(1024, 1, 1), (1024, 16, 8)])
+@pytest.mark.parametrize(
+    ("ranks", "replicate", "expert_parallel"), [pytest.param(1024, 1, 1, marks=pytest.mark.slow), (1024, 16, 8)]
+)
 def test_the_real_model_lies_on_many_ranks_as_planned(ranks: int, replicate: int, expert_parallel: int) -> None:
     """Kimi-VL on meta, sharded by FSDP2 for the first of so many ranks, of which the others do not exist."""
     options = {"ranks": ranks, "replicate": replicate, "expert_parallel": expert_parallel}

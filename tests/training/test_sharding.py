@@ -75,7 +75,9 @@ CASES: dict[int, list[Case]] = {
 }
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize(
+    "num_ranks", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_training_over_ranks_equals_one_process(num_ranks: int) -> None:
     """Rank 1 has no image, rank 3 no target, all have other numbers of tokens, and of 5 experts each has other ones."""
     found = run_ranks(trained, num_ranks, num_ranks, CASES[num_ranks], timeout=240)[0]
