@@ -177,3 +177,22 @@ def test_a_token_keeps_its_experts_in_a_pack(name: str) -> None:
     assert torch.equal(
         load.sum(1), torch.full_like(load[:, 0], len(pack.ids.tokens) * together.routing[0].experts.shape[1])
     )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_positions_begin_anew_in_every_sample(name: str) -> None:
+    """Rotary angles do not notice a shift of a whole sample, but lengths beyond what a model was trained on do."""
+    model = model_of(name, torch.float64)
+    pack = pack_of(model)
+    together = model.positions(pack)
+    if together is None:
+        together = pack.ids.layout.positions().long()
+    for (start, ours), sample in zip(
+        zip(pack.ids.layout.offsets, together.split(pack.ids.layout.lengths), strict=False),
+        splits(pack, samples_of(model)),
+        strict=True,
+    ):
+        alone = model.positions(sample)
+        line = sample.ids.layout.positions().long()
+        want = alone if alone is not None else line[:, None].expand_as(ours) if ours.ndim == 2 else line
+        assert torch.equal(ours, want), f"the sample that begins at token {start}"
