@@ -86,7 +86,7 @@ def test_variants_equal_their_formulas() -> None:
         "answer": (sum(want[0]) / 2 + sum(want[2]) / 3) / 3,
         "constant": (sum(want[0]) + sum(want[2])) / (3 * 8),
         "tokens": (sum(want[0]) + sum(want[2])) / 5,
-        "pack": (sum(want[0]) + sum(want[2])) / 5 / 2,
+        "local": (sum(want[0]) + sum(want[2])) / 5 / 2,
     }
     for aggregate, expected in wanted.items():
         weights = answer_weights(
@@ -94,8 +94,7 @@ def test_variants_equal_their_formulas() -> None:
             layout,
             aggregate,
             num_answers=3,
-            num_tokens=5,
-            num_packs=2,
+            num_tokens=10 if aggregate == "local" else 5,
             max_tokens=8,  # type: ignore[arg-type]
         )
         assert (terms.loss * weights).sum().item() == pytest.approx(expected, rel=1e-6)
@@ -128,7 +127,7 @@ def test_variants_are_what_their_papers_say() -> None:
     )
     assert VARIANTS["dr-grpo"][:2] == ("none", "constant")
     assert VARIANTS["dapo"] == ("group", "tokens", (0.2, 0.28), True)
-    assert VARIANTS["bnpo"].aggregate == "pack"
+    assert VARIANTS["bnpo"].aggregate == "local"
 
 
 def expected_gradient(logits: Tensor, values: Tensor) -> Tensor:

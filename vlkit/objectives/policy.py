@@ -20,7 +20,7 @@ from vlkit.errors import ConfigError, LayoutError
 from vlkit.packing import Layout
 
 Scale = Literal["group", "batch", "none"]
-Aggregate = Literal["answer", "constant", "tokens", "pack"]
+Aggregate = Literal["answer", "constant", "tokens", "local"]
 KL = Literal["k1", "k2", "k3"]
 
 
@@ -44,7 +44,7 @@ VARIANTS = {
     "grpo": Variant("group", "answer"),  # DeepSeekMath, arXiv:2402.03300
     "dr-grpo": Variant("none", "constant"),  # Dr. GRPO, arXiv:2503.20783
     "dapo": Variant("group", "tokens", (0.2, 0.28), drop_equal=True),  # DAPO, arXiv:2503.14476
-    "bnpo": Variant("group", "pack"),  # as TRL names it: the tokens of one forward
+    "bnpo": Variant("group", "local"),  # as TRL names it: the tokens of this process
 }
 
 
@@ -238,7 +238,6 @@ def answer_weights(
     *,
     num_answers: float,
     num_tokens: float,
-    num_packs: float = 1.0,
     max_tokens: int | None = None,
 ) -> Float[Tensor, " tokens"]:
     """What a token weighs, so that the sum of losses times weights over all packs and ranks is the loss of the step.
@@ -247,11 +246,10 @@ def answer_weights(
         mask: Tokens that are learnt.
         layout: One item per answer, its prompt included.
         aggregate: "answer": the mean over the tokens of an answer, then over answers. "constant": the sum of an answer's tokens
-            over max_tokens, then the mean over answers. "tokens": the mean over all tokens of the step. "pack": the mean over
-            the tokens of this pack, then over packs: the only one that depends on how a step is divided.
+            over max_tokens, then the mean over answers. "tokens": the mean over all tokens of the step. "local": the mean over
+            the tokens of every part of the step, then over parts: the only one that depends on how a step is divided.
         num_answers: Answers of the whole step, empty ones included.
-        num_tokens: Learnt tokens of the whole step; of "tokens" alone.
-        num_packs: Packs of the whole step; of "pack" alone.
+        num_tokens: Learnt tokens of the whole step; for "local" those of this part times the number of parts.
         max_tokens: The most tokens of an answer; of "constant" alone.
 
     Returns:
@@ -268,11 +266,9 @@ def answer_weights(
         if max_tokens is None or max_tokens < 1:
             raise ConfigError(f"aggregate = 'constant' divides by max_tokens of at least 1, found {max_tokens}")
         return learnt / (max(num_answers, 1.0) * max_tokens)
-    if aggregate == "tokens":
+    if aggregate in ("tokens", "local"):
         return learnt / max(num_tokens, 1.0)
-    if aggregate == "pack":
-        return learnt / (learnt.sum().clamp(min=1.0) * max(num_packs, 1.0))
-    raise ConfigError(f"aggregate is 'answer', 'constant', 'tokens' or 'pack', found {aggregate!r}")
+    raise ConfigError(f"aggregate is 'answer', 'constant', 'tokens' or 'local', found {aggregate!r}")
 
 
 def mirror_descent_loss(
