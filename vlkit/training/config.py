@@ -11,200 +11,54 @@
     files = ["train.jsonl"]
 
 Paths are relative to the file. A field that does not exist is an error with the nearest name.
+
+A run of several stages names them: each is the run's config in which some fields differ, see `vlkit.training.stages`.
+
+    [[stages]]
+    name = "align"
+    train = ["projector"]
+
+    [[stages]]
+    name = "sft"
+    steps = 5000
+    optimizer = {lr = 2e-5}
 """
 
 from __future__ import annotations
 
-import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from vlkit.config import AtLeast, AtMost, Config, Count, Positive, Size
+from vlkit.config import Config, Count, Positive, Size
 from vlkit.errors import ConfigError
 from vlkit.hub.strict_json import read_json
+from vlkit.training.options import (
+    CheckpointOptions,
+    DataSource,
+    Dtype,
+    Factor,
+    ModelSource,
+    OptimizerOptions,
+    RankOptions,
+    Schedule,
+)
+from vlkit.training.stages import absolute_stages, merge_stages
 
-PARTS = ("vision", "projector", "llm")
-Share = Annotated[float, AtLeast(0.0), AtMost(1.0)]
-"""A real number between 0 and 1."""
-Factor = Annotated[float, AtLeast(0.0)]
-"""A real number of at least 0."""
-Dtype = Literal["float32", "bfloat16", "float64"]
+if TYPE_CHECKING:
+    from vlkit.training.tasks.task import Task
 
-
-class ModelSource(Config):
-    """Which model is trained: exactly one of `name`, `folder` and the pair `vision`, `llm`.
-
-    Attributes:
-        name: A registered model, with freshly drawn weights.
-        folder: A saved model in a family's Hub layout, or in vlkit's; its processor lies beside it.
-        vision: A registered tower, or its fields with "type".
-        projector: The same; its widths are fitted to its neighbours.
-        llm: The same for a decoder.
-        overrides: With `name`: fields of the model's config to change, as in `vlkit.create_model`.
-        processor: A folder with a processor, where the model brings none: its vocabulary comes from files.
-    """
-
-    name: str | None = None
-    folder: str | None = None
-    vision: str | Mapping[str, Any] | None = None
-    projector: str | Mapping[str, Any] | None = None
-    llm: str | Mapping[str, Any] | None = None
-    overrides: Mapping[str, Any] | None = None
-    processor: str | None = None
-
-    def check(self) -> None:
-        for part in PARTS:
-            value = getattr(self, part)
-            if value is not None and not isinstance(value, str | Mapping):
-                raise ConfigError(f"ModelSource.{part}: expected a registered name or fields, found {value!r}")
-        if self.overrides is not None and not isinstance(self.overrides, Mapping):
-            raise ConfigError(f"ModelSource.overrides: expected fields of the model's config, found {self.overrides!r}")
-        composed = any(getattr(self, part) is not None for part in PARTS)
-        if (self.name is not None) + (self.folder is not None) + composed != 1:
-            raise ConfigError("ModelSource: give one of name, folder, or vision and llm")
-        if composed and (self.vision is None or self.llm is None):
-            raise ConfigError("ModelSource: a composition needs vision and llm")
-        if self.overrides and self.name is None:
-            raise ConfigError("ModelSource.overrides change a registered model: they go with name")
-
-
-class DataSource(Config):
-    """What is learnt from: lines of JSON, one conversation each.
-
-        {"messages": [{"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "?"}]},
-                      {"role": "assistant", "content": "a cat"}]}
-
-    Attributes:
-        files: JSON lines. Images lie in the file's own folder or below; their paths are relative to it.
-        shuffle: Draw a new order for every epoch; else the order of the files.
-        corrupt: What happens to a sample that cannot be used: stop with its file and line, or leave it out and count it.
-        max_tokens: A sample with more tokens counts as corrupt; None takes the decoder's positions, which are the limit in any
-            case.
-        workers: Threads that prepare the next step's samples meanwhile; 0 prepares them in between.
-    """
-
-    files: tuple[str, ...]
-    shuffle: bool = True
-    corrupt: Literal["refuse", "skip"] = "refuse"
-    max_tokens: Size | None = None
-    workers: Count = 1
-
-    def check(self) -> None:
-        if not self.files:
-            raise ConfigError("DataSource.files: no files")
-
-
-class OptimizerOptions(Config):
-    """The rule of the update; see `vlkit.optim.Muon`.
-
-    Attributes:
-        kind: "muon" for matrices, with AdamW inside for the rest; or "adamw" for all.
-        lr: Highest learning rate.
-        weight_decay: Decoupled, multiplied by the learning rate alone.
-        momentum: Of Muon.
-        adjust_lr: How Muon scales an update by its shape.
-        ns: Coefficients of the Newton-Schulz steps, by name.
-        betas: Of AdamW.
-        adam_eps: Of AdamW.
-        vector_rate: AdamW's learning rate inside Muon, relative to lr.
-        part_lr: Learning rates of parts of the model by their names, such as "vision" or "llm.blocks"; the rest learns at lr.
-        layer_decay: For parts with a stack of blocks, the factor from each block to the one before it; the last block learns at
-            the part's rate of part_lr, or at lr.
-        freeze: Parts that do not learn.
-        thaw: Parts of those that do.
-        splits: "heads" cuts the projections of attentions into heads before they are orthogonalised.
-        decay_vectors: Whether weight decay reaches gains and biases.
-        muon: Patterns of parameter names that go to Muon whatever they are.
-        adamw: The same for AdamW.
-        partition: How the state is divided between ranks: "flat" in equal ranges of elements, "matrix" by whole matrices.
-        max_grad_norm: Clip the norm over all gradients to this.
-    """
-
-    kind: Literal["muon", "adamw"] = "muon"
-    lr: Positive = 2e-4
-    weight_decay: Factor = 0.1
-    momentum: Share = 0.95
-    adjust_lr: Literal["match_rms_adamw", "original", "spectral_unclamped", "none"] = "match_rms_adamw"
-    ns: str = "polar_express"
-    betas: tuple[Share, Share] = (0.9, 0.95)
-    adam_eps: Positive = 1e-8
-    vector_rate: Positive = 1.0
-    part_lr: Mapping[str, float] | None = None
-    layer_decay: Mapping[str, float] | None = None
-    freeze: tuple[str, ...] = ()
-    thaw: tuple[str, ...] = ()
-    splits: Literal["declared", "heads"] = "declared"
-    decay_vectors: bool = True
-    muon: tuple[str, ...] = ()
-    adamw: tuple[str, ...] = ()
-    partition: Literal["flat", "matrix"] = "flat"
-    max_grad_norm: Positive | None = 1.0
-
-    def check(self) -> None:
-        for field in ("part_lr", "layer_decay"):
-            given = getattr(self, field)
-            if given is not None and not isinstance(given, Mapping):
-                raise ConfigError(f"OptimizerOptions.{field}: expected a table of parts, found {given!r}")
-            for part, value in (given or {}).items():
-                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                    raise ConfigError(f"OptimizerOptions.{field}.{part}: expected a number above 0, found {value!r}")
-        if self.kind == "adamw" and (self.muon or self.adamw):
-            raise ConfigError(
-                "OptimizerOptions: patterns of names choose between Muon and AdamW; they need kind = 'muon'"
-            )
-
-
-class Schedule(Config):
-    """The learning rate over the run; see `vlkit.optim.warmup_decay`.
-
-    Attributes:
-        warmup: Steps of the rise.
-        decay: Steps of the fall at the end; by default all that follow the rise.
-        shape: Of the fall.
-        final: Factor at the end.
-    """
-
-    warmup: Count = 0
-    decay: Count | None = None
-    shape: Literal["cosine", "linear"] = "cosine"
-    final: Share = 0.0
-
-
-class RankOptions(Config):
-    """How ranks share the work.
-
-    Attributes:
-        sharding: "zero1": every rank has the whole model, the optimizer's state is divided. "fsdp": weights and
-            gradients are divided too.
-        expert_parallel: Ranks among which the experts of a layer are divided; with "fsdp".
-        replicate: Copies of the sharded model; with "fsdp".
-        timeout_minutes: How long a rank waits for the others before it gives up.
-        heartbeat_seconds: A step that takes longer says so, again and again, and what it is doing.
-    """
-
-    sharding: Literal["zero1", "fsdp"] = "zero1"
-    expert_parallel: Size = 1
-    replicate: Size = 1
-    timeout_minutes: Annotated[Positive, AtMost(1e6)] = 10.0
-    heartbeat_seconds: Positive = 60.0
-
-    def check(self) -> None:
-        if self.sharding == "zero1" and (self.expert_parallel > 1 or self.replicate > 1):
-            raise ConfigError("RankOptions: expert_parallel and replicate need sharding = 'fsdp'")
-
-
-class CheckpointOptions(Config):
-    """When the run is saved.
-
-    Attributes:
-        every: Steps between saves; None saves at the end and when the run is asked to stop.
-        keep: How many of the newest stay.
-    """
-
-    every: Size | None = None
-    keep: Size = 2
+__all__ = [
+    "CheckpointOptions",
+    "DataSource",
+    "ModelSource",
+    "OptimizerOptions",
+    "RankOptions",
+    "Schedule",
+    "TrainConfig",
+]
 
 
 class TrainConfig(Config):
@@ -217,8 +71,15 @@ class TrainConfig(Config):
         steps: Length of the run in steps; or
         epochs: in rounds through the data.
         batch: Samples per step, over all ranks.
+        packs: Packs of `data.pack_tokens` per step, over all ranks, instead of `batch` samples.
         micro_batch: Most samples of one forward on one rank; None takes all that the rank has.
         micro_batch_tokens: Most tokens of one forward on one rank, where more than one sample is in it.
+        objective: What is minimised: a table with "kind" and its options, see `vlkit.training.tasks`; None is next-token.
+        train: What learns: parts of the model by the beginnings of parameter names, as in `vlkit.optim.freeze`; all else is
+            frozen. None is all. `optimizer.freeze` and `thaw` are taken into account too; of all that fit a name, the one with
+            most words decides.
+        rope_theta: Base of the decoder's rotary wavelengths from here on; None leaves it.
+        max_positions: With rope_theta: positions that the decoder accepts from here on.
         optimizer: Rule of the update.
         schedule: Learning rate over the run.
         dtype: Of the parameters.
@@ -231,10 +92,14 @@ class TrainConfig(Config):
         ranks: How ranks share the work.
         checkpoints: When the run is saved.
         log_every: Steps between lines of progress.
+        tensorboard: Write event files too, into the folder `tensorboard` of the run.
         max_skipped_steps: Steps in a row that change nothing, before the run stops: their gradients are not finite, or none of
             their samples has a supervised token.
         check_finite_every: Steps between looks at the output of every part of the model, which stop the run at the first that is
             not finite and name it; None never looks. See `vlkit.training.finite`.
+        keep_state: In a stage behind another: take over the optimizer's state of the parameters that both train, by name;
+            else it begins anew.
+        stages: Tables with a name, and those fields of this config that are others in the stage.
     """
 
     run: str
@@ -243,8 +108,13 @@ class TrainConfig(Config):
     steps: Size | None = None
     epochs: Positive | None = None
     batch: Size = 32
+    packs: Size | None = None
     micro_batch: Size | None = None
     micro_batch_tokens: Size | None = None
+    objective: Mapping[str, Any] | None = None
+    train: tuple[str, ...] | None = None
+    rope_theta: Positive | None = None
+    max_positions: Size | None = None
     optimizer: OptimizerOptions = OptimizerOptions()
     schedule: Schedule = Schedule()
     dtype: Dtype = "float32"
@@ -256,15 +126,18 @@ class TrainConfig(Config):
     ranks: RankOptions = RankOptions()
     checkpoints: CheckpointOptions = CheckpointOptions()
     log_every: Size = 10
+    tensorboard: bool = False
     max_skipped_steps: Size = 10
     check_finite_every: Size | None = None
+    keep_state: bool = False
+    stages: tuple[Mapping[str, Any], ...] = ()
 
     def check(self) -> None:
         for field, paths in (
             ("run", (self.run,)),
             ("model.folder", (self.model.folder,)),
             ("model.processor", (self.model.processor,)),
-            ("data.files", self.data.files),
+            ("data.files", self.data.paths),
         ):
             for path in paths:
                 if path is not None and (not path.strip() or "\0" in path):
@@ -274,13 +147,62 @@ class TrainConfig(Config):
                 f"TrainConfig.compute_dtype: {self.compute_dtype!r} with dtype = {self.dtype!r} is not possible; "
                 "compute_dtype = 'bfloat16' goes with dtype = 'float32', and without it products have the dtype of the parameters"
             )
+        if self.objective is not None:
+            from vlkit.training.tasks import read_objective  # here, because it imports torch
+
+            read_objective(self.objective)
+        if self.max_positions is not None and self.rope_theta is None:
+            raise ConfigError("TrainConfig.max_positions: more positions go with another rope_theta; set both")
+        if self.train is not None and not self.train:
+            raise ConfigError("TrainConfig.train: nothing is named, nothing is left to train")
+        if self.packs is not None and self.data.pack_tokens is None:
+            raise ConfigError("TrainConfig.packs: packs of how many tokens? set data.pack_tokens")
+        if self.data.pack_tokens is not None and (self.micro_batch or self.micro_batch_tokens):
+            raise ConfigError(
+                "TrainConfig: data.pack_tokens already says what one forward takes; leave micro_batch away"
+            )
+        if self.stages:
+            self.resolved_stages()  # checks each of them
+        else:
+            self._check_length()
+
+    def _check_length(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError("TrainConfig: give either steps or epochs")
+        if self.epochs is not None and (self.packs is not None or self.data.streams):
+            raise ConfigError(
+                "TrainConfig.epochs: how many steps an epoch of packs or streams has is not known; give steps"
+            )
         steps, schedule = self.steps, self.schedule
         if steps is not None and schedule.warmup + (schedule.decay or 0) > steps:
             raise ConfigError(
                 f"TrainConfig.schedule: warmup={schedule.warmup} and decay={schedule.decay} do not fit into steps={steps}"
             )
+
+    def resolved_stages(self) -> list[tuple[str, TrainConfig]]:
+        """Name and whole config of every stage, in order; a run without stages is one without a name.
+
+        Raises:
+            ConfigError: A stage that is none, with its name.
+        """
+        if not self.stages:
+            return [("", self)]
+        found = []
+        for name, values in merge_stages(self.to_dict()):
+            try:
+                found.append((name, TrainConfig.from_dict(values)))
+            except ConfigError as error:
+                raise ConfigError(f"stage {name!r}: {error}") from error
+        if found[0][1].keep_state:
+            raise ConfigError(f"stage {found[0][0]!r}: keep_state: no stage is before it whose state could be kept")
+        return found
+
+    @cached_property
+    def task(self) -> tuple[Config, type[Task]]:
+        """Options of the objective, and the task that they are of."""
+        from vlkit.training.tasks import read_objective
+
+        return read_objective({"kind": "next-token"} if self.objective is None else self.objective)
 
 
 def read_train_config(path: Path | str) -> TrainConfig:
@@ -314,5 +236,11 @@ def absolute_paths(config: TrainConfig, base: Path) -> TrainConfig:
         return None if path is None else str(base / Path(path).expanduser())
 
     model = config.model.replace(folder=there(config.model.folder), processor=there(config.model.processor))
-    data = config.data.replace(files=tuple(str(there(name)) for name in config.data.files))
-    return config.replace(run=there(config.run), model=model, data=data)
+
+    def all_there(paths: Iterable[str]) -> tuple[str, ...]:
+        return tuple(str(base / Path(path).expanduser()) for path in paths)
+
+    streams = tuple(stream.replace(files=all_there(stream.files)) for stream in config.data.streams)
+    data = config.data.replace(files=all_there(config.data.files), streams=streams)
+    stages = absolute_stages(config.stages, all_there)
+    return config.replace(run=there(config.run), model=model, data=data, stages=stages)
