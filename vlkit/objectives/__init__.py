@@ -1,6 +1,7 @@
 """Losses."""
 
-from vlkit.objectives.cross_entropy import chunked_cross_entropy, next_token_targets
+from vlkit.objectives.cross_entropy import IGNORE, chunked_cross_entropy, next_token_targets
+from vlkit.objectives.log_probs import token_log_probs
 from vlkit.objectives.policy import (
     answer_weights,
     group_advantages,
@@ -13,8 +14,11 @@ from vlkit.objectives.policy import (
     tilted_advantages,
 )
 from vlkit.objectives.preference import RewardShift, bco_loss, dpo_loss, implicit_rewards, mpo_loss
+from vlkit.objectives.segments import segment_mean, segment_sum
+from vlkit.objectives.weights import token_weights
 
 __all__ = [
+    "IGNORE",
     "RewardShift",
     "answer_weights",
     "bco_loss",
@@ -30,5 +34,9 @@ __all__ = [
     "next_token_targets",
     "overlong_penalty",
     "policy_loss",
+    "segment_mean",
+    "segment_sum",
     "tilted_advantages",
+    "token_log_probs",
+    "token_weights",
 ]

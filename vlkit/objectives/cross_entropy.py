@@ -2,8 +2,8 @@
 
     hidden [tokens, dim] --rows that have a target--> chunks of rows --@ head^T--> logits [chunk, vocab] --> sum of losses
 
-The gradient of a chunk's logits is softmax - onehot. It is known as soon as the logits are, so it is folded into the gradients
-of the hidden rows and of the head at once, and the logits are dropped: the peak is one chunk, not tokens x vocab.
+The gradient of a chunk's logits is known as soon as the logits are, so it is folded into the gradients of the hidden rows and of
+the head at once, and the logits are dropped: the peak is one chunk, not tokens x vocab.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vlkit.errors import LayoutError, TokenError
 from vlkit.packing import Layout
@@ -35,70 +36,63 @@ def next_token_targets(labels: Int[Tensor, " tokens"], layout: Layout) -> Int[Te
     return targets
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum over tokens of -log softmax(hidden @ head^T)[target], with both gradients made on the way."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Many chunks add up in the head's gradient: in bf16 the small ones would be rounded away.
-        grad_head = torch.zeros(head.shape, dtype=accumulate, device=head.device) if needs_head else None
-        total = hidden.new_zeros((), dtype=accumulate)
-        for start in range(0, hidden.shape[0], chunk):
-            rows, target = hidden[start : start + chunk], targets[start : start + chunk, None]
-            logits = (rows @ head.T).to(accumulate)  # [chunk, vocab]
-            log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
-            total += (log_sum - logits.gather(1, target)).sum()
-            if not (needs_hidden or needs_head):
-                continue
-            grad = logits.sub_(log_sum).exp_()  # softmax
-            grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
-            grad = grad.to(head.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, head, out=grad_hidden[start : start + chunk])
-            if grad_head is not None:
-                if grad.dtype == accumulate:
-                    grad_head.addmm_(grad.T, rows)
-                else:
-                    grad_head += grad.T @ rows
-        ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.head_dtype = head.dtype
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (grad,) = grad_outputs
-        grad_hidden, grad_head = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_head is None else (grad_head * grad).to(ctx.head_dtype),
-            None,
-            None,
-        )
-
-
 def chunked_cross_entropy(
     hidden: Float[Tensor, "tokens dim"],
     head: Float[Tensor, "vocab dim"],
     targets: Int[Tensor, " tokens"],
     *,
+    weights: Float[Tensor, " tokens"] | None = None,
+    z_coefficient: float = 0.0,
     chunk: int = 1024,
 ) -> tuple[Float[Tensor, ""], int]:
-    """The summed cross-entropy of the tokens that have a target, and how many they are.
+    """The weighted sum of the cross-entropies of the tokens that have a target, and how many they are.
 
-    Only rows with a target meet the head. Logits exist for `chunk` rows at a time, in fp32 (fp64 for fp64 inputs). Without
-    any target the sum is 0 and every gradient is 0, not NaN. First derivatives only.
+    With logits z = hidden @ head^T and log Z = logsumexp(z), a token with target y and weight w adds
+
+        w * (log Z - z[y] + z_coefficient * (log Z)^2)
+
+    Only rows with a target meet the head. Logits exist for `chunk` rows at a time, in fp32 (fp64 for fp64 inputs), and the
+    head's gradient is added up in that type. Without any target the sum is 0 and every gradient is 0, not NaN. What needs no
+    gradient costs none: a frozen head has no gradient buffer, and without recorded gradients only the sum is computed.
+    First derivatives only.
 
     Args:
         hidden: Output of the decoder's last norm.
         head: Weight of the output head.
         targets: Id to predict after each token; -100 for none. See `next_token_targets`.
+        weights: Factor of each token, see `token_weights`; None is 1 for all.
+        z_coefficient: Of the squared logsumexp, which keeps logits from drifting; such as 1e-4.
         chunk: Rows per step.
 
     Returns:
-        The sum in nats (divide by the count for the mean), and the count.
+        The sum in nats, and the count. Divide by the count, or by the sum of the weights, of all packs and ranks of a step.
+
+    Raises:
+        LayoutError: Another number of targets or weights than rows, or a chunk below 1.
+        TokenError: A target outside the vocabulary (checked on the CPU).
+
+    Source: the z-loss, PaLM, arXiv:2204.02311, section 5; with squared logsumexp of a router, ST-MoE, arXiv:2202.08906, eq. 5.
+    """
+    rows = rows_with_target(hidden, head, targets, chunk)
+    if weights is not None and weights.shape != targets.shape:
+        raise LayoutError(f"expected one weight per target, found {list(weights.shape)} for {list(targets.shape)}")
+    kept = targets[rows]
+    weights = hidden.new_ones(kept.shape, dtype=wide(hidden.dtype)) if weights is None else weights[rows]
+    total: Tensor = _FusedCrossEntropy.apply(
+        take_rows(hidden, rows),
+        head,
+        kept,
+        weights.to(wide(hidden.dtype)),
+        z_coefficient,
+        chunk,
+        torch.is_grad_enabled(),
+        product_dtype(hidden, head),
+    )
+    return total, rows.numel()
+
+
+def rows_with_target(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -> Int[Tensor, " rows"]:
+    """The places of the tokens that have a target, after a look at all that can be wrong with them.
 
     Raises:
         LayoutError: Another number of targets than rows, or a chunk below 1.
@@ -116,5 +110,101 @@ def chunked_cross_entropy(
         raise TokenError(
             f"target {bad} lies outside the vocabulary of {head.shape[0]}; tokens without loss are marked {IGNORE}"
         )
-    total: Tensor = _ChunkedCrossEntropy.apply(hidden[rows], head, kept, chunk)
-    return total, rows.numel()
+    return rows
+
+
+def take_rows(hidden: Tensor, rows: Tensor) -> Tensor:
+    """The rows, without a copy where that is all of them."""
+    return hidden if rows.numel() == hidden.shape[0] else hidden.index_select(0, rows)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What losses are computed in: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def product_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
+    """What the products with the head are computed in: what autocast says, or the head's type."""
+    device = hidden.device.type
+    if hidden.is_meta or hidden.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return head.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def add_product(total: Tensor, grad: Tensor, rows: Tensor, dtype: torch.dtype) -> None:
+    """total += grad^T @ rows, in the type of the total: rounding the product of every chunk to bf16 would bias the sum.
+
+    A GPU multiplies in the narrow type and adds up in the wide one; the CPU widens the rows, which are the small operand.
+    """
+    if grad.is_cuda and dtype != total.dtype:
+        total += torch.mm(grad.to(dtype).T, rows.to(dtype), out_dtype=total.dtype)
+    else:
+        total.addmm_(grad.T, rows.to(total.dtype))
+
+
+class _FusedCrossEntropy(torch.autograd.Function):
+    """The sum over rows, with both gradients made on the way. With p = softmax(z), row t of the logits has the gradient
+
+    w * ((1 + 2 * z_coefficient * log Z) * p - onehot(y)).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        z_coefficient: float,
+        chunk: int,
+        learns: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        needs_hidden, needs_head = (learns and needed for needed in ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # Many chunks add up in the head's gradient: in bf16 the small ones would be rounded away.
+        grad_head = torch.zeros(head.shape, dtype=weights.dtype, device=head.device) if needs_head else None
+        losses = torch.empty_like(weights)
+        narrow = head.to(dtype)
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            rows, target, weight = hidden[part], targets[part, None], weights[part, None]
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = (rows.to(dtype) @ narrow.T).to(
+                    weights.dtype
+                )  # [chunk, vocab], and the only tensor of this size
+                chosen = logits.gather(1, target)
+                p, log_sum = softmax_in_place(logits)
+                losses[part] = (log_sum - chosen + z_coefficient * log_sum.square()).squeeze(1)
+                if not (needs_hidden or needs_head):
+                    continue
+                grad = p.mul_(weight * (1 + 2 * z_coefficient * log_sum)).scatter_add_(1, target, -weight)
+                if grad_head is not None:
+                    add_product(grad_head, grad, rows, dtype)
+                if grad_hidden is not None:
+                    grad_hidden[part] = grad.to(dtype) @ narrow
+        ctx.save_for_backward(grad_hidden, grad_head, losses if learns and ctx.needs_input_grad[3] else None)
+        ctx.head_dtype = head.dtype
+        return (weights * losses).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_head, losses = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None if grad_head is None else (grad_head * grad).to(ctx.head_dtype),
+            None,
+            None if losses is None else losses * grad,
+            *[None] * 4,
+        )
+
+
+def softmax_in_place(
+    logits: Float[Tensor, "rows vocab"],
+) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, "rows 1"]]:
+    """The probabilities, written over the logits, and the logsumexp of each row; no other tensor of this size."""
+    largest = logits.amax(-1, keepdim=True)
+    p = logits.sub_(largest).exp_()
+    total = p.sum(-1, keepdim=True)
+    return p.div_(total), total.log().add_(largest)
