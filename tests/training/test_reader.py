@@ -1,0 +1,317 @@
+"""What a step takes: the same for any number of threads and ranks, and after a resume."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from vlkit.errors import ConfigError, ImageError, SampleError
+from vlkit.training.mixture import Mixture
+from vlkit.training.order import Draw, order
+from vlkit.training.reader import Reader, StepShare, pack_items
+
+
+class Thing(NamedTuple):
+    """What a sample becomes here: who it is, its size, and a number drawn for it."""
+
+    stream: int
+    index: int
+    num_tokens: int
+    num_patches: int
+    drawn: float
+    progress: float
+
+
+class Numbers:
+    """Samples of random sizes. Some cannot be measured, and of some only preparing fails, as of a truncated image."""
+
+    def __init__(self, stream: int, count: int, *, broken: Iterable[int] = (), truncated: Iterable[int] = ()) -> None:
+        rng = np.random.default_rng(stream)
+        self.lengths = rng.lognormal(3 + stream, 0.7, count).astype(int).clip(1, 300)
+        self.stream, self.broken, self.truncated = stream, set(broken), set(truncated)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index in self.broken:
+            raise SampleError(f"{self.where(index)}: not JSON")
+        return {
+            "tokens": int(self.lengths[index]),
+            "patches": 4 * (index % 3),
+            "who": (self.stream, index),
+            "truncated": index in self.truncated,
+        }
+
+    def where(self, index: int) -> str:
+        return f"{self.stream}.jsonl, line {index + 1}"
+
+
+def prepare(sample: dict[str, Any], draw: Draw) -> Thing:
+    if sample["truncated"]:
+        raise ImageError("the file ends before the image does")
+    return Thing(*sample["who"], sample["tokens"], sample["patches"], float(draw.rng.random()), draw.progress)
+
+
+def measure(sample: dict[str, Any], draw: Draw) -> tuple[int, int]:
+    draw.rng.random()  # a measure may draw what preparing will draw
+    return sample["tokens"], sample["patches"]
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "samples": {"batch": 7, "micro_tokens": 60},
+    "packs": {"packs": 4, "pack_tokens": 120, "pack_patches": 40, "open_rows": 3, "measure": measure},
+}
+
+
+def reader(way: str, streams: int = 1, **changes: Any) -> Reader[Thing]:
+    sources = [Numbers(0, 31, broken=[3], truncated=[8, 9]), Numbers(1, 11, broken=[2])][:streams]
+    draws = Mixture([len(each) for each in sources], [0.75, 0.25][:streams], seed=3)
+    values = {"skip_corrupt": True, **WAYS[way], **changes}
+    return Reader(sources, draws, prepare, **values)
+
+
+def steps(source: Reader[Thing], begin: int, end: int) -> list[StepShare[Thing]]:
+    """Steps of a stage of 20, each begun while the one before is learnt from."""
+    return [source.read(step / 20, (step + 1) / 20) for step in range(begin, end)]
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_resumed_reader_goes_on_bit_for_bit_with_any_number_of_threads(way: str, streams: int) -> None:
+    with reader(way, streams) as plain:
+        whole = steps(plain, 0, 20)
+    for before, after in ((0, 2), (2, 0), (1, 2)):
+        with reader(way, streams, workers=before) as first:
+            begun = steps(first, 0, 10)
+            state = json.dumps(first.state_dict())
+        with reader(way, streams, workers=after) as second:
+            second.load_state_dict(json.loads(state))
+            assert json.dumps(second.state_dict()) == state
+            assert begun + steps(second, 10, 20) == whole
+    assert len({item.drawn for share in whole for item in share.items}) > 50
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
+def test_ranks_divide_the_same_steps(way: str, streams: int) -> None:
+    with reader(way, streams) as alone:
+        whole = steps(alone, 0, 6)
+        place = alone.state_dict()
+    for num_ranks in (2, 3):
+        readers = [reader(way, streams, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+        parts = list(zip(*(steps(each, 0, 6) for each in readers), strict=True))
+        assert all(each.state_dict() == place for each in readers)
+        for share, ranks in zip(whole, parts, strict=True):
+            assert sorted(share.items) == sorted(item for part in ranks for item in part.items)
+            assert share.samples == sum(part.samples for part in ranks)
+            assert share.corrupt == sum(part.corrupt for part in ranks)
+            assert {part.plan for part in ranks} == {share.plan}
+            if way == "packs":
+                assert share.packs == tuple(pack for part in ranks for pack in part.packs)
+
+
+def test_steps_of_samples_take_the_order_of_earlier_versions() -> None:
+    with reader("samples") as source:
+        taken = [sorted(item.index for item in share.items) for share in steps(source, 0, 9)]
+    for step, indices in enumerate(taken):
+        planned = order(31, range(7 * step, 7 * step + 7), seed=3)
+        assert indices == sorted(set(planned) - {3, 8, 9})
+
+
+def test_packs_keep_the_budget_lose_nothing_and_say_their_fill() -> None:
+    with reader("packs", pack_tokens=120) as source:
+        shares = steps(source, 0, 20)
+        waiting = [key for row in source.state_dict()["packer"]["rows"] for key in row["keys"]]
+        waiting += [key for unit in source.state_dict()["ready"] for key in unit]
+    packs = [pack for share in shares for pack in share.packs]
+    for pack in packs:
+        assert sum(item.num_patches for item in pack) <= 40
+        assert sum(item.num_tokens for item in pack) <= 120 or len(pack) == 1
+    taken = [item.index for pack in packs for item in pack] + [key[1] for key in waiting if key[1] not in (8, 9)]
+    count = sum(share.samples for share in shares) + len(waiting)
+    assert sorted(taken) == sorted(i for i in order(31, range(count), seed=3) if i not in (3, 8, 9))
+    fill = shares[0].fill
+    assert fill.tokens == sum(item.num_tokens for item in shares[0].items)
+    assert (fill.packs, fill.token_budget, fill.patch_budget) == (4, 480, 160)
+
+
+def test_a_truncated_image_leaves_its_pack_and_no_other() -> None:
+    """It can be measured: the plan holds it, and its pack goes on without it."""
+    with reader("packs") as broken:
+        found = steps(broken, 0, 10)
+    source = Numbers(0, 31, broken=[3])
+    with Reader([source], Mixture([31], seed=3), prepare, skip_corrupt=True, **WAYS["packs"]) as whole:
+        expected = steps(whole, 0, 10)
+    for ours, theirs in zip(found, expected, strict=True):
+        kept = [tuple(item for item in pack if item.index not in (8, 9)) for pack in theirs.packs]
+        assert ours.packs == tuple(pack for pack in kept if pack)
+        assert ours.corrupt - theirs.corrupt == len(theirs.items) - len(ours.items)
+        assert ours.samples == theirs.samples
+        assert ours.plan == theirs.plan
+    assert sum(share.corrupt for share in found) > sum(share.corrupt for share in expected) > 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_sample_that_cannot_be_used_is_refused_by_name(way: str, workers: int) -> None:
+    for broken, message in (({"broken": [5]}, "line 6: not JSON"), ({"truncated": [5]}, "line 6: the file ends")):
+        source = Numbers(0, 31, **broken)  # type: ignore[arg-type]
+        with (
+            Reader([source], Mixture([31], seed=3), prepare, workers=workers, **WAYS[way]) as found,
+            pytest.raises(SampleError, match=rf"0\.jsonl, {message}"),
+        ):
+            steps(found, 0, 20)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_failed_step_does_not_move_the_place(workers: int) -> None:
+    source = Numbers(0, 31, truncated=[5])
+    with Reader([source], Mixture([31], seed=3), prepare, workers=workers, **WAYS["packs"]) as found:
+        done = 0
+        with pytest.raises(SampleError):
+            for step in range(20):
+                found.read(step / 20, (step + 1) / 20)
+                done += 1
+        place = json.dumps(found.state_dict())
+        with pytest.raises(SampleError):
+            found.read(done / 20)
+        assert json.dumps(found.state_dict()) == place
+        source.truncated.clear()
+        again = found.read(done / 20)
+    with Reader([source], Mixture([31], seed=3), prepare, **WAYS["packs"]) as plain:
+        assert again == steps(plain, 0, done + 1)[done]
+
+
+def test_a_progress_that_was_not_announced_is_answered_rightly() -> None:
+    with reader("packs", 2, workers=2) as ahead, reader("packs", 2) as plain:
+        for progress, upcoming in ((0.0, 0.5), (0.25, 0.5), (0.5, None), (0.75, 1.0)):
+            assert ahead.read(progress, upcoming) == plain.read(progress)
+
+
+def test_samples_over_a_limit_are_refused_or_left_out() -> None:
+    longest = 40
+    for way in WAYS:
+        with (
+            reader(way, limits=[(longest, "data.max_tokens = 40")], skip_corrupt=False) as strict,
+            pytest.raises(SampleError, match=r"line \d+: (not JSON|\d+ tokens, more than data\.max_tokens = 40)"),
+        ):
+            steps(strict, 0, 20)
+        source = Numbers(0, 31)
+        with Reader(
+            [source], Mixture([31], seed=3), prepare, limits=[(longest, "it")], skip_long=True, **WAYS[way]
+        ) as lenient:
+            shares = steps(lenient, 0, 20)
+        assert max(item.num_tokens for share in shares for item in share.items) <= longest
+        assert sum(share.corrupt for share in shares) > 0
+        source.truncated.add(5)
+        with (
+            Reader([source], Mixture([31], seed=3), prepare, skip_long=True, **WAYS[way]) as lenient,
+            pytest.raises(SampleError),
+        ):
+            steps(lenient, 0, 20)
+
+
+def test_packs_without_a_usable_sample_end_in_an_error() -> None:
+    source = Numbers(0, 5, broken=range(5))
+    with (
+        Reader([source], Mixture([5]), prepare, skip_corrupt=True, **WAYS["packs"]) as found,
+        pytest.raises(SampleError, match=r"5 samples in a row cannot be used, the last is 0\.jsonl, line \d"),
+    ):
+        found.read(0.0)
+
+
+def test_a_measure_that_is_too_small_is_an_error() -> None:
+    ways = {**WAYS["packs"], "measure": lambda sample, draw: (1, 0)}
+    with (
+        Reader([Numbers(0, 31)], Mixture([31]), prepare, **ways) as found,
+        pytest.raises(SampleError, match="measured as 1 tokens and 0 patches, but it has"),
+    ):
+        found.read(0.0)
+
+
+def test_without_a_measure_samples_are_measured_by_preparing_them() -> None:
+    with reader("packs", 2, measure=None) as slow, reader("packs", 2) as fast:
+        slow_shares, fast_shares = steps(slow, 0, 3), steps(fast, 0, 3)
+    assert {item.index for share in slow_shares for item in share.items if item.stream == 0}.isdisjoint({3, 8, 9})
+    assert [share.fill.token_budget for share in slow_shares] == [share.fill.token_budget for share in fast_shares]
+
+
+class Harder:
+    """Draws the sample after the last one that went well: what it will draw next is known when a step has ended."""
+
+    needs_tokens, needs_outcome = False, True
+
+    def __init__(self) -> None:
+        self.place, self.asked = 0, 0
+
+    def next(self, progress: float) -> Draw:
+        self.asked += 1
+        return Draw(0, self.place % 31, 0, progress)
+
+    def told(self, draw: Draw, tokens: int) -> None: ...
+
+    def went_well(self) -> None:
+        self.place += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = state["place"]
+
+
+def test_draws_that_depend_on_outcomes_are_never_made_ahead() -> None:
+    draws, source = Harder(), Numbers(0, 31)
+    with Reader([source], draws, prepare, batch=2, workers=2) as found:
+        for step in range(4):
+            share = found.read(step / 4, (step + 1) / 4)
+            assert draws.asked == 2 * (step + 1)
+            assert [item.index for item in share.items] == [step, step]
+            draws.went_well()
+            assert found.state_dict() == {"draws": {"place": step + 1}}
+        source.truncated.add(4)
+        with pytest.raises(SampleError):
+            found.read(1.0)
+        assert found.state_dict() == {"draws": {"place": 4}}
+
+
+def test_threads_end_with_the_reader() -> None:
+    before = threading.active_count()
+    with reader("packs", 2, workers=2) as found:
+        steps(found, 0, 2)
+        assert threading.active_count() > before
+    assert threading.active_count() == before
+
+
+def test_a_place_of_steps_made_in_another_way_is_refused() -> None:
+    with reader("packs") as packs, reader("samples") as samples:
+        with pytest.raises(ConfigError, match="place is of steps of packs, these are steps of samples"):
+            samples.load_state_dict(packs.state_dict())
+        with pytest.raises(ConfigError, match="place is of steps of samples, these are steps of packs"):
+            packs.load_state_dict(samples.state_dict())
+
+
+def test_a_step_is_either_samples_or_packs() -> None:
+    for wrong in ({}, {"batch": 2, "packs": 2, "pack_tokens": 9}, {"packs": 2}, {"batch": 2, "pack_tokens": 9}):
+        with pytest.raises(ConfigError, match=r"give one of the two|need pack_tokens"):
+            Reader([Numbers(0, 5)], Mixture([5]), prepare, **wrong)
+
+
+def test_items_are_together_in_forwards_of_a_budget() -> None:
+    things = [
+        Thing(0, i, tokens, patches, 0.0, 0.0) for i, (tokens, patches) in enumerate([(3, 0), (9, 4), (3, 4), (4, 0)])
+    ]
+
+    def numbers(**budget: int) -> list[list[int]]:
+        return [[thing.index for thing in together] for together in pack_items(things, **budget)]
+
+    assert numbers() == [[0, 1, 2, 3]]
+    assert numbers(most=3) == [[0, 1, 2], [3]]
+    assert numbers(tokens=8) == [[0, 3], [1], [2]]
+    assert numbers(patches=4) == [[0, 1, 3], [2]]
