@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlkit.errors import ConfigError
-from vlkit.training.packs import Fill, StreamingPacker, fewest_packs, pack
+from vlkit.training.packs import Fill, StreamingPacker, fewest_packs, pack, pack_items
 
 COSTS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30)), max_size=30)
 BUDGET = st.one_of(st.none(), st.integers(1, 50))
@@ -176,3 +176,21 @@ def test_fewest_packs_counts_what_is_over_the_budget_apart() -> None:
     assert fewest_packs([(1, 6), (1, 6), (1, 6)], tokens=10, patches=12) == 2
     assert fewest_packs([(1, 0)] * 5, items=2) == 3
     assert (fewest_packs([], tokens=3), fewest_packs([(3, 3)])) == (0, 1)
+
+
+class Thing(NamedTuple):
+    index: int
+    num_tokens: int
+    num_patches: int
+
+
+def test_items_are_together_in_forwards_of_a_budget() -> None:
+    things = [Thing(i, tokens, patches) for i, (tokens, patches) in enumerate([(3, 0), (9, 4), (3, 4), (4, 0)])]
+
+    def numbers(**budget: int) -> list[list[int]]:
+        return [[thing.index for thing in together] for together in pack_items(things, **budget)]
+
+    assert numbers() == [[0, 1, 2, 3]]
+    assert numbers(most=3) == [[0, 1, 2], [3]]
+    assert numbers(tokens=8) == [[0, 3], [1], [2]]
+    assert numbers(patches=4) == [[0, 1, 3], [2]]

@@ -9,7 +9,7 @@ A sample is never cut. One that is over the budget alone has a pack of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,19 @@ from vlkit.errors import ConfigError
 Cost = tuple[int, int]
 """Tokens and patches of a sample."""
 Key = TypeVar("Key")
+
+
+class Sized(Protocol):
+    """A sample that is ready, with what it costs."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_patches(self) -> int: ...
+
+
+SizedT = TypeVar("SizedT", bound=Sized)
 
 
 def pack(
@@ -75,6 +88,20 @@ def pack(
         free[:, chosen] -= own
         packs[chosen].append(int(sample))
     return sorted(sorted(numbers) for numbers in packs)
+
+
+def pack_items(
+    items: Sequence[SizedT], *, tokens: int | None = None, patches: int | None = None, most: int | None = None
+) -> list[list[SizedT]]:
+    """Items together in forwards of a budget, see `pack`; without one all are together.
+
+    Args:
+        tokens: Of a forward of more than one item.
+        patches: The same.
+        most: Items of a forward.
+    """
+    costs = [(item.num_tokens, item.num_patches) for item in items]
+    return [[items[i] for i in numbers] for numbers in pack(costs, tokens=tokens, patches=patches, items=most)]
 
 
 def fewest_packs(

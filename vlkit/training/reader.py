@@ -15,32 +15,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from vlkit.errors import ConfigError, SampleError, SequenceTooLongError, VlkitError
 from vlkit.training.order import Draw, Draws
-from vlkit.training.packs import Cost, Fill, StreamingPacker, pack
-
-
-class Sized(Protocol):
-    """A sample that is ready, with what it costs."""
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def num_patches(self) -> int: ...
-
-
-class Samples(Protocol):
-    """Where samples come from; see `vlkit.training.sources`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-    def where(self, index: int) -> str: ...
-
+from vlkit.training.packs import Cost, Fill, Sized, StreamingPacker, pack_items
+from vlkit.training.sources import Source
 
 ItemT = TypeVar("ItemT", bound=Sized)
 
@@ -65,20 +45,6 @@ class StepShare(NamedTuple, Generic[ItemT]):
     @property
     def items(self) -> list[ItemT]:
         return [item for items in self.packs for item in items]
-
-
-def pack_items(
-    items: Sequence[ItemT], *, tokens: int | None = None, patches: int | None = None, most: int | None = None
-) -> list[list[ItemT]]:
-    """Items together in forwards of a budget, see `vlkit.training.packs.pack`; without one all are together.
-
-    Args:
-        tokens: Of a forward of more than one item.
-        patches: The same.
-        most: Items of a forward.
-    """
-    costs = [(item.num_tokens, item.num_patches) for item in items]
-    return [[items[i] for i in numbers] for numbers in pack(costs, tokens=tokens, patches=patches, items=most)]
 
 
 class Planned(NamedTuple):
@@ -140,7 +106,7 @@ class Reader(Generic[ItemT]):
 
     def __init__(
         self,
-        sources: Sequence[Samples],
+        sources: Sequence[Source],
         draws: Draws,
         prepare: Callable[[dict[str, Any], Draw], ItemT],
         *,
