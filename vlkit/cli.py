@@ -1,4 +1,4 @@
-"""The command line: `vlkit demo`, `generate`, `train`, `list`, `info`, `plan`.
+"""The command line: `vlkit demo`, `generate`, `train`, `stages`, `list`, `info`, `plan`.
 
 Heavy imports happen inside the commands, so that `vlkit --help` answers at once.
 """
@@ -160,6 +160,30 @@ def train(
         result = begin(chosen, resume=resume, say=typer.echo, stop=stop)
     if result.stopped_by is not None:
         raise typer.Exit(EXIT_STOPPED)
+
+
+@app.command()
+def stages(
+    pattern: Annotated[str | None, typer.Argument(help="A wildcard pattern such as 'kimi-vl/*'.")] = None,
+    as_toml: Annotated[bool, typer.Option("--toml", help="A config with these stages, to edit.")] = False,
+) -> None:
+    """Show the training stages of published models: what their sources state, and what a run has to say itself.
+
+    Without a pattern one line each; with one, every number with its source. vlkit stages 'kimi-vl/*' --toml > run.toml
+    """
+    from vlkit.training.presets import list_presets, preset, report
+
+    found = [preset(name) for name in list_presets(pattern or "*")]
+    if not found:
+        from vlkit.errors import UnknownModelError
+
+        raise UnknownModelError(f"no stage fits {pattern!r}; `vlkit stages` lists all, '{pattern}*' takes a family")
+    if as_toml:
+        typer.echo(report.toml(found))
+    elif pattern is None:
+        typer.echo(report.overview(found))
+    else:
+        typer.echo("\n\n".join(report.table(stage) for stage in found))
 
 
 def _checked_device(device: str) -> str:

@@ -6,7 +6,7 @@
 Kimi-VL goes from 50,000 to 800,000 before its sequences grow from 8,192 to 32,768 and 131,072 tokens, and trains on. With
 64 rotated channels, as its latent attention has, the longest wavelength goes from 2.2e5 to 3.3e6 tokens.
 
-Source: Kimi-VL, arXiv:2504.07491, section 2.3, joint long-context activation stage.
+Source: Kimi-VL, arXiv:2504.07491, 'Joint Long-context Activation Stage'.
 """
 
 from __future__ import annotations
