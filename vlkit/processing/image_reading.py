@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from PIL import Image, ImageOps
 from vlkit.config import AtLeast, AtMost, Config, Size
 from vlkit.errors import ImageError
 
-_ORIENTATION = 0x0112  # the EXIF tag
+ORIENTATION = 0x0112
+"""The EXIF tag."""
 Level = Annotated[int, AtLeast(0), AtMost(255)]
 """A brightness of 0 to 255."""
 
@@ -78,7 +79,12 @@ def read_image(source: Any, rule: ReadRule | None = None, *, name: str = "image"
         source = (source.float() if source.is_floating_point() else source).numpy()
     if isinstance(source, np.ndarray):
         return _from_array(source, rule, name)
-    raise ImageError(
+    raise no_image(source, name)
+
+
+def no_image(source: Any, name: str) -> ImageError:
+    """The error for what no image can be read from."""
+    return ImageError(
         f"{name}: expected a path, bytes, an open file, a PIL image, an array or a tensor, found {type(source).__module__}."
         f"{type(source).__qualname__}"
     )
@@ -135,25 +141,28 @@ def _check_bytes(count: int, rule: ReadRule, name: str) -> None:
         )
 
 
-def open_image(content: bytes, rule: ReadRule, name: str) -> Image.Image:
-    """The image in the bytes of a file, not yet decoded.
+def open_image(content: bytes | IO[bytes], rule: ReadRule, name: str) -> Image.Image:
+    """The image in the bytes of a file, or in an open one, not yet decoded.
 
     Raises:
         ImageError: It is none, or of a format that is not allowed.
     """
-    if not content:
+    file = io.BytesIO(content) if isinstance(content, bytes) else content
+    head = file.read(64)
+    file.seek(0)
+    if not head:
         raise ImageError(f"{name}: the file is empty")
-    if content.startswith(b"version https://git-lfs"):
+    if head.startswith(b"version https://git-lfs"):
         raise ImageError(f"{name}: this is a Git LFS pointer, not the image; run `git lfs pull`")
     try:
-        return Image.open(io.BytesIO(content), formats=rule.formats)
+        return Image.open(file, formats=rule.formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(
             f"{name}: {error}; to allow it raise ReadRule.max_source_pixels and PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
     except Image.UnidentifiedImageError as error:
         raise ImageError(
-            f"{name}: {len(content)} bytes that are no image of the formats {', '.join(rule.formats)}"
+            f"{name}: {file.seek(0, io.SEEK_END)} bytes that are no image of the formats {', '.join(rule.formats)}"
         ) from error
     except Exception as error:  # Pillow's plug-ins raise whatever their parser meets
         raise ImageError(f"{name}: cannot be read: {type(error).__name__}: {error}") from error
@@ -161,7 +170,7 @@ def open_image(content: bytes, rule: ReadRule, name: str) -> Image.Image:
 
 def _from_pil(image: Image.Image, rule: ReadRule, name: str) -> Image.Image:
     width, height = image.size
-    _check_size(height, width, rule, name)
+    check_size(height, width, rule, name)
     try:
         num_frames = getattr(image, "n_frames", 1)
         if num_frames > 1:
@@ -169,7 +178,7 @@ def _from_pil(image: Image.Image, rule: ReadRule, name: str) -> Image.Image:
                 warnings.warn(f"{name}: has {num_frames} frames; only the first is used", stacklevel=5)
             image.seek(0)
         image.load()
-        if rule.upright and image.getexif().get(_ORIENTATION, 1) != 1:
+        if rule.upright and image.getexif().get(ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's plug-ins raise whatever their parser meets
         if isinstance(error, Warning):
@@ -196,8 +205,8 @@ def _from_pil(image: Image.Image, rule: ReadRule, name: str) -> Image.Image:
 
 
 def _from_array(array: np.ndarray, rule: ReadRule, name: str) -> Image.Image:
-    array = _channels_last(array, rule, name)
-    _check_size(array.shape[0], array.shape[1], rule, name)
+    array = channels_last(array, rule, name)
+    check_size(array.shape[0], array.shape[1], rule, name)
     if array.dtype == np.bool_:
         levels = array.astype(np.uint8) * np.uint8(255)
     elif array.dtype == np.uint8:
@@ -219,7 +228,7 @@ def _from_array(array: np.ndarray, rule: ReadRule, name: str) -> Image.Image:
     return _from_pil(planes[0] if len(planes) == 1 else Image.merge("RGBA"[: len(planes)], planes), rule, name)
 
 
-def _channels_last(array: np.ndarray, rule: ReadRule, name: str) -> np.ndarray:
+def channels_last(array: np.ndarray, rule: ReadRule, name: str) -> np.ndarray:
     if array.ndim == 2:
         return array[..., None]
     if array.ndim != 3:
@@ -241,7 +250,7 @@ def _channels_last(array: np.ndarray, rule: ReadRule, name: str) -> np.ndarray:
     return array.transpose(1, 2, 0) if layout == "chw" else array
 
 
-def _check_size(height: int, width: int, rule: ReadRule, name: str) -> None:
+def check_size(height: int, width: int, rule: ReadRule, name: str) -> None:
     if height < 1 or width < 1:
         raise ImageError(f"{name}: {width}x{height} pixels (width x height): there is nothing to see")
     if height * width > rule.max_source_pixels:

@@ -18,16 +18,14 @@ from vlkit.errors import (
     CheckpointError,
     ConfigError,
     EmptyBatchError,
-    PlaceholderMismatchError,
     SequenceTooLongError,
     TemplateError,
-    VideoError,
     VlkitError,
 )
 from vlkit.hub.repository import resolve
 from vlkit.hub.strict_json import read_json
 from vlkit.packing import Batch, Layout, Packed
-from vlkit.processing import hub_files
+from vlkit.processing import hub_files, visuals
 from vlkit.processing.chat import (
     Message,
     Piece,
@@ -40,11 +38,11 @@ from vlkit.processing.chat import (
     fill_slots,
     usual_parts,
 )
-from vlkit.processing.image import Canvases, pack_canvases, prepare_image
+from vlkit.processing.image import pack_canvases
 from vlkit.processing.processor_config import ProcessorConfig
 from vlkit.processing.template import ChatTemplate, without_outer_marks
 from vlkit.processing.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from vlkit.processing.video import prepare_video
+from vlkit.processing.visuals import Prepared
 
 PROCESSOR_FILE = "processor.json"
 
@@ -53,6 +51,7 @@ class _Options(NamedTuple):
     """How conversations are to be written; see `Processor.__call__`."""
 
     prompt: bool
+    prefix: str
     labels: bool
     thinking: bool | None
     tools: Sequence[Mapping[str, Any]] | None
@@ -60,12 +59,16 @@ class _Options(NamedTuple):
     variables: dict[str, Any]
 
 
-class _Prepared(NamedTuple):
-    """An image or video at its size, the tokens it will have, and the seconds between its time steps."""
+class Measure(NamedTuple):
+    """What a conversation costs.
 
-    canvases: Canvases
-    seen: Seen
-    seconds: float
+    Attributes:
+        tokens: Its ids, those that stand for images included.
+        patches: Of all its images and videos.
+    """
+
+    tokens: int
+    patches: int
 
 
 class _Draft(NamedTuple):
@@ -73,7 +76,7 @@ class _Draft(NamedTuple):
 
     ids: list[int]
     labels: list[int]
-    prepared: list[_Prepared]
+    prepared: list[Prepared]
 
 
 class Processor:
@@ -141,6 +144,7 @@ class Processor:
         tools: Sequence[Mapping[str, Any]] | None = None,
         number_visuals: bool = False,
         template_variables: Mapping[str, Any] | None = None,
+        max_pixels: int | None = None,
     ) -> Batch:
         """A batch of one conversation, or of several.
 
@@ -156,6 +160,8 @@ class Processor:
             tools: Signatures of tools, as JSON objects, for formats that know tools.
             number_visuals: Whether "Picture 1: " and the like stand before images and videos.
             template_variables: What a jinja template reads besides messages, tools, enable_thinking and add_vision_id.
+            max_pixels: Most pixels of an image, and of each frame of a video, where the rules allow more. As hard a bound as
+                the rule's own: letterboxes round up after it.
 
         Raises:
             TemplateError: A malformed conversation, or labels are asked for where no answer is found.
@@ -164,98 +170,136 @@ class Processor:
             VideoError: A video cannot be read or does not fit the rules.
             SequenceTooLongError: A sequence is longer than max_length.
             EmptyBatchError: No conversations.
+            ConfigError: max_pixels is below one token, or all images have one size.
 
         Every message begins with "conversation <index>" where several were given.
         """
-        if labels and (answer_prefix or thinking is not None):
-            raise TemplateError(
-                "answer_prefix and thinking begin an answer that is still to come; with labels=True it is there already"
-            )
         several = _several(messages)
         conversations: Sequence[Any] = messages if several else [messages]
         if not conversations:
             raise EmptyBatchError("no conversations; a batch needs at least one")
-        if template_variables and self._template is None:
-            raise TemplateError("template_variables are for a jinja template; this processor's chat format is not one")
-        options = _Options(
-            add_generation_prompt and not labels,
-            labels,
-            thinking,
-            tools,
-            number_visuals,
-            dict(template_variables or {}),
+        options = self._options(
+            add_generation_prompt, answer_prefix, labels, thinking, tools, number_visuals, template_variables
         )
-        given_images = _beside(images, "images", len(conversations), several)
-        given_videos = _beside(videos, "videos", len(conversations), several)
+        config = visuals.limited(self.config, max_pixels)
+        given_images = visuals.beside(images, "images", len(conversations), several)
+        given_videos = visuals.beside(videos, "videos", len(conversations), several)
         drafts = []
         for index, conversation in enumerate(conversations):
             try:
-                drafts.append(
-                    self._draft(conversation, given_images[index], given_videos[index], answer_prefix, options)
-                )
+                drafts.append(self._draft(conversation, given_images[index], given_videos[index], config, options))
             except VlkitError as error:
                 if not several:
                     raise
                 raise type(error)(f"conversation {index}: {error}") from error
         return self._batch(drafts, labels)
 
+    def measure(
+        self,
+        messages: Sequence[Message],
+        images: Any = None,
+        videos: Any = None,
+        *,
+        add_generation_prompt: bool = True,
+        answer_prefix: str = "",
+        labels: bool = False,
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        number_visuals: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
+        max_pixels: int | None = None,
+    ) -> Measure:
+        """What one conversation costs: the tokens and patches of the batch that the same arguments make of it.
+
+        Images are looked at by their headers alone, videos by theirs and the first frame, so that what is wrong with pixels
+        shows only when they are read.
+
+        Args:
+            messages: As in a call; and so on for all others.
+
+        Raises:
+            VlkitError: As a call.
+        """
+        if _several(messages):
+            raise TemplateError("measure takes one conversation, a list of messages; found several")
+        options = self._options(
+            add_generation_prompt, answer_prefix, labels, thinking, tools, number_visuals, template_variables
+        )
+        config = visuals.limited(self.config, max_pixels)
+        [given_images], [given_videos] = (
+            visuals.beside(given, kind, 1, False) for given, kind in ((images, "images"), (videos, "videos"))
+        )
+        found, pieces = self._written(messages, given_images, given_videos, options)
+        measured = visuals.measure(found, config)
+        ids, _ = self._encoded(pieces, found, [each.seen for each in measured])
+        return Measure(len(ids), sum(each.patches for each in measured))
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids, without special tokens unless they are wanted."""
         return self.tokenizer.decode(ids, skip_special)
+
+    def _options(
+        self,
+        prompt: bool,
+        prefix: str,
+        labels: bool,
+        thinking: bool | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        number_visuals: bool,
+        variables: Mapping[str, Any] | None,
+    ) -> _Options:
+        if labels and (prefix or thinking is not None):
+            raise TemplateError(
+                "answer_prefix and thinking begin an answer that is still to come; with labels=True it is there already"
+            )
+        if variables and self._template is None:
+            raise TemplateError("template_variables are for a jinja template; this processor's chat format is not one")
+        return _Options(prompt and not labels, prefix, labels, thinking, tools, number_visuals, dict(variables or {}))
 
     def _draft(
         self,
         messages: Sequence[Message],
         images: list[Any],
         videos: list[Any],
-        answer_prefix: str,
+        config: ProcessorConfig,
         options: _Options,
     ) -> _Draft:
-        chat = self._chat
+        found, pieces = self._written(messages, images, videos, options)
+        prepared = visuals.prepare(found, config)
+        ids, labels = self._encoded(pieces, found, [each.seen for each in prepared])
+        return _Draft(ids, labels, prepared)
+
+    def _written(
+        self, messages: Sequence[Message], images: list[Any], videos: list[Any], options: _Options
+    ) -> tuple[list[Visual], list[Piece]]:
+        """What a conversation shows, and how it is written."""
         messages = usual_parts(messages)
-        visuals = _filled(check_messages(messages, chat if self._template is None else None), images, videos)
+        found = visuals.filled(check_messages(messages, self._chat if self._template is None else None), images, videos)
         pieces = self._pieces(messages, options)
-        if answer_prefix:
-            pieces.append(Text(answer_prefix, special=chat.answer_tokens))
+        if options.prefix:
+            pieces.append(Text(options.prefix, special=self._chat.answer_tokens))
         if options.labels and not any(isinstance(piece, Text) and piece.learn for piece in pieces):
             if self._template is not None and not self._template.marks_answers:
                 raise TemplateError("labels are asked for, but the template does not mark answers by {% generation %}")
             raise TemplateError("labels are asked for, but no message is the assistant's: there is nothing to learn")
-        prepared = self._prepare(visuals)
-        seen = [each.seen for each in prepared]
-        ids, targets = encode_pieces(fill_slots(pieces, chat, self.tokenizer.special, seen), self.tokenizer)
+        return found, pieces
+
+    def _encoded(
+        self, pieces: Sequence[Piece], found: Sequence[Visual], seen: Sequence[Seen]
+    ) -> tuple[list[int], list[int]]:
+        """Ids and labels."""
+        filled = fill_slots(pieces, self._chat, self.tokenizer.special, seen)
+        ids, labels = encode_pieces(filled, self.tokenizer)
         if not ids:
             raise TemplateError("nothing is written for this conversation: the template makes an empty text of it")
         limit = self.config.max_length
         if limit is not None and len(ids) > limit:
             tokens = sum(sum(each.tokens) for each in seen)
             raise SequenceTooLongError(
-                f"{len(ids)} tokens ({tokens} of them for {_counted(visuals)}); at most {limit} fit. Shorten the "
+                f"{len(ids)} tokens ({tokens} of them for {visuals.counted(found)}); at most {limit} fit. Shorten the "
                 f"conversation, lower the limits of the image or video rule, or leave the sample out"
             )
-        return _Draft(ids, targets, prepared)
-
-    def _prepare(self, visuals: Sequence[Visual]) -> list[_Prepared]:
-        """Read and resize all images and videos of a conversation."""
-        rule, reading = self.config.image, self.config.reading
-        prepared = []
-        numbers = {"image": 0, "video": 0}
-        for visual in visuals:
-            name = f"{visual.kind} {numbers[visual.kind]}"
-            numbers[visual.kind] += 1
-            if visual.kind == "image":
-                canvases = prepare_image(visual.source, rule, reading, name=name)
-                prepared.append(_Prepared(canvases, Seen((rule.num_tokens(canvases.plan.grid),)), 0.0))
-                continue
-            if self.config.video is None:
-                raise VideoError(f"{name}: this processor has no ProcessorConfig.video, its model sees images only")
-            canvases, samples = prepare_video(
-                visual.source, rule, self.config.video, reading, fps=visual.fps, name=name
-            )
-            tokens = (rule.num_tokens(canvases.plan.grid),) * len(samples.times)
-            step = 0.0 if self._chat.frames_apart else samples.step
-            prepared.append(_Prepared(canvases, Seen(tokens, samples.times), step))
-        return prepared
+        return ids, labels
 
     def _batch(self, drafts: Sequence[_Draft], labels: bool) -> Batch:
         """One batch of all conversations; what they see is written into its place once."""
@@ -389,34 +433,3 @@ def _several(messages: Any) -> bool:
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise TemplateError(f"expected a list of messages, found {type(messages).__name__}")
     return not messages or not isinstance(messages[0], (Mapping, str))
-
-
-def _beside(given: Any, kind: str, count: int, several: bool) -> list[list[Any]]:
-    """The images or videos that came beside the messages, for each conversation."""
-    if given is None:
-        return [[] for _ in range(count)]
-    if not several:
-        given = [given]
-    elif not isinstance(given, (list, tuple)) or len(given) != count:
-        found = f"{len(given)} lists of {kind}" if isinstance(given, (list, tuple)) else type(given).__name__
-        raise PlaceholderMismatchError(f"{count} conversations, but {found}")
-    return [list(own) if isinstance(own, (list, tuple)) else [own] for own in given]
-
-
-def _filled(visuals: Sequence[Visual], images: Sequence[Any], videos: Sequence[Any]) -> list[Visual]:
-    """The images and videos of all parts, those without one filled from `images` and `videos` in order."""
-    given = {"image": list(images), "video": list(videos)}
-    for kind, sources in given.items():
-        empty = sum(visual.kind == kind and visual.source is None for visual in visuals)
-        if empty != len(sources):
-            raise PlaceholderMismatchError(
-                f"{empty} {kind} parts hold no {kind}, {len(sources)} {kind}s were given beside the messages; put each "
-                f"{kind} into its part, {{'type': '{kind}', '{kind}': ...}}, or give exactly the missing ones"
-            )
-    rest = {kind: iter(sources) for kind, sources in given.items()}
-    return [visual._replace(source=next(rest[visual.kind])) if visual.source is None else visual for visual in visuals]
-
-
-def _counted(visuals: Sequence[Visual]) -> str:
-    counts = [(sum(visual.kind == kind for visual in visuals), kind) for kind in ("image", "video")]
-    return " and ".join(f"{count} {kind}s" for count, kind in counts if count or kind == "image")
