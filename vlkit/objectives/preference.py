@@ -82,7 +82,7 @@ def bco_loss(rewards: Rewards, shift: float) -> Float[Tensor, " pairs"]:
         rewards: See `implicit_rewards`.
         shift: Mean reward so far, a constant of the loss. See `RewardShift`.
 
-    Source: BCO, arXiv:2404.04656, equation 9 on pairs.
+    Source: BCO, arXiv:2404.04656, on pairs as MPO uses it.
     """
     return -logsigmoid(rewards.chosen - shift) - logsigmoid(shift - rewards.rejected)
 
@@ -118,7 +118,7 @@ def mpo_loss(
     Returns:
         Totals of several packs add up to the loss of the step.
 
-    Source: MPO, arXiv:2411.10442, equations 2 to 6, with weights 0.8, 0.2 and 1.
+    Source: MPO, arXiv:2411.10442, with the weights 0.8, 0.2 and 1 of its published scripts.
     """
     if len(weights) != 3 or any(not math.isfinite(each) or each < 0 for each in weights):
         raise ConfigError(f"MPO weighs preference, quality and generation; expected three weights, found {weights!r}")

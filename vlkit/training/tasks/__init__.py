@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vlkit.config import Config
 from vlkit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vlkit.training.tasks.task import Task
+    from vlkit.training.tasks.task import Setup, Task
 
 # kind: (file, class of the options, class of the task)
 _HOME = {
     "next-token": ("next_token", "NextTokenOptions", "NextToken"),
-    "dpo": ("preference", "DPOOptions", "DPO"),
-    "mpo": ("preference", "MPOOptions", "MPO"),
+    "dpo": ("preference", "DPOOptions", "Preference"),
+    "mpo": ("preference", "MPOOptions", "Preference"),
     "grpo": ("policy", "GRPOOptions", "GRPO"),
     "mirror-descent": ("policy", "MirrorDescentOptions", "MirrorDescent"),
     "contrast": ("contrast", "ContrastOptions", "Contrast"),
 }
 
 
-class _Tasks(Mapping[str, tuple[type[Config], type["Task"]]]):
+Make = Callable[[Any, "Setup"], "Task"]
+"""A class of tasks: Task(options, setup)."""
+
+
+class _Tasks(Mapping[str, tuple[type[Config], Make]]):
     """Options and task of every kind; a file is imported when its kind is asked for."""
 
-    def __getitem__(self, kind: str) -> tuple[type[Config], type[Task]]:
+    def __getitem__(self, kind: str) -> tuple[type[Config], Make]:
         file, options, task = _HOME[kind]
         module = importlib.import_module(f"vlkit.training.tasks.{file}")
         return getattr(module, options), getattr(module, task)
@@ -39,10 +43,10 @@ class _Tasks(Mapping[str, tuple[type[Config], type["Task"]]]):
         return len(_HOME)
 
 
-TASKS: Mapping[str, tuple[type[Config], type[Task]]] = _Tasks()
+TASKS: Mapping[str, tuple[type[Config], Make]] = _Tasks()
 
 
-def read_objective(values: Any) -> tuple[Config, type[Task]]:
+def read_objective(values: Any) -> tuple[Config, Make]:
     """The options in an `objective` table, checked, and the task that they are of.
 
     Raises:
