@@ -15,11 +15,13 @@ from vlkit.objectives.policy import (
 )
 from vlkit.objectives.preference import RewardShift, bco_loss, dpo_loss, implicit_rewards, mpo_loss
 from vlkit.objectives.segments import segment_mean, segment_sum
+from vlkit.objectives.siglip import SigLIP, repeated_pairs, siglip_loss
 from vlkit.objectives.weights import token_weights
 
 __all__ = [
     "IGNORE",
     "RewardShift",
+    "SigLIP",
     "answer_weights",
     "bco_loss",
     "chunked_cross_entropy",
@@ -34,8 +36,10 @@ __all__ = [
     "next_token_targets",
     "overlong_penalty",
     "policy_loss",
+    "repeated_pairs",
     "segment_mean",
     "segment_sum",
+    "siglip_loss",
     "tilted_advantages",
     "token_log_probs",
     "token_weights",

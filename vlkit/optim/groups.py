@@ -172,7 +172,7 @@ def muon_param_groups(
     8. everything else is a matrix that acts on activations, or a stack of them: muon
 
     Tied weights are listed once, under the first name. Weight decay reaches norm gains too: Moonlight found it crucial
-    for stability in long runs.
+    for stability in long runs. What AdamW has of a module that says `decays = False` never decays (the temperature of SigLIP).
 
     Every rate of `lr` makes groups of its own, whose "lr" a scheduler then multiplies (LambdaLR, CosineAnnealingLR) or
     replaces (OneCycleLR takes a list). As which matrices Muon sees a parameter is noted on the parameter (`muon_cut`),
@@ -217,7 +217,8 @@ def muon_param_groups(
         route, reason = _by_request(name, parameter, patterns) or _by_rule(
             name, parameter, owners, id(parameter) in embeddings, router, patch_embed
         )
-        kind = "vectors" if reason == "vector" and not decay_vectors else route
+        still = (reason == "vector" and not decay_vectors) or not getattr(owners[-1], "decays", True)
+        kind = "vectors" if route == "adamw" and still else route
         rate, factor = rates[name]
         shapes: tuple[tuple[int, int, int], ...] = ()
         if route == "muon":
