@@ -162,3 +162,25 @@ def test_other_numbers_of_weights_are_refused() -> None:
     hidden, head, weights = inputs()
     with pytest.raises(LayoutError, match="one weight per target"):
         chunked_cross_entropy(hidden, head, TARGETS, weights=weights[1:])
+
+
+def test_a_kept_graph_gives_the_same_gradients_again() -> None:
+    hidden, head, _ = inputs()
+    loss = chunked_cross_entropy(hidden, head, TARGETS, chunk=4)[0] * 0.3
+    first = torch.autograd.grad(loss, (hidden, head), retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    last = torch.autograd.grad(loss, (hidden, head))
+    for once, before, again in zip(first, kept, last, strict=True):
+        assert torch.equal(once, before)
+        assert torch.equal(once, again)
+
+
+def test_the_head_has_one_gradient_and_no_copy() -> None:
+    """What the backward gives is the memory that the forward filled."""
+    _, head, _ = inputs()
+    hidden = inputs()[0].detach()
+    loss = chunked_cross_entropy(hidden, head, TARGETS, chunk=4)[0]
+    saved = loss.grad_fn.saved_tensors[1].data_ptr()
+    (loss * 0.3).backward()
+    assert head.grad is not None
+    assert head.grad.data_ptr() == saved

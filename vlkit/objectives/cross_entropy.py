@@ -191,13 +191,21 @@ class _FusedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head, losses = ctx.saved_tensors
+        # The head's gradient is the largest tensor of a step: a second one beside it would be the peak of memory.
+        scale = torch.mul if graph_is_kept() else Tensor.mul_
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_head is None else (grad_head * grad).to(ctx.head_dtype),
+            None if grad_head is None else scale(grad_head, grad).to(ctx.head_dtype),
             None,
             None if losses is None else losses * grad,
             *[None] * 4,
         )
+
+
+def graph_is_kept() -> bool:
+    """Whether another backward may run through this graph (`retain_graph=True`); yes where torch does not say."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or bool(asked())
 
 
 def softmax_in_place(
