@@ -66,6 +66,13 @@ def test_a_share_that_rises_is_met_all_along() -> None:
         assert end > 0.1 or mixture.tokens[1] == 0
 
 
+def test_a_stream_without_a_share_now_is_not_drawn_whatever_it_lacks() -> None:
+    mixture = Mixture([5, 5], [1.0, [(0.5, 1.0), (0.6, 0.0)]])
+    mixture.told(mixture.next(0.0), 1000)
+    assert [mixture.next(0.6).stream for _ in range(3)] == [0, 0, 0]
+    assert mixture.next(0.5).stream == 1
+
+
 def test_one_stream_is_its_own_order_and_needs_no_tokens() -> None:
     mixture = Mixture([13], seed=5)
     assert not mixture.needs_tokens

@@ -25,7 +25,7 @@ class Thing(NamedTuple):
     num_tokens: int
     num_patches: int
     drawn: float
-    progress: float
+    draw: list[Any]
 
 
 class Numbers:
@@ -56,7 +56,7 @@ class Numbers:
 def prepare(sample: dict[str, Any], draw: Draw) -> Thing:
     if sample["truncated"]:
         raise ImageError("the file ends before the image does")
-    return Thing(*sample["who"], sample["tokens"], sample["patches"], float(draw.rng.random()), draw.progress)
+    return Thing(*sample["who"], sample["tokens"], sample["patches"], float(draw.rng.random()), draw.as_json())
 
 
 def measure(sample: dict[str, Any], draw: Draw) -> tuple[int, int]:
@@ -65,7 +65,7 @@ def measure(sample: dict[str, Any], draw: Draw) -> tuple[int, int]:
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    "samples": {"batch": 7, "micro_tokens": 60},
+    "samples": {"batch": 7, "micro_tokens": 60, "measure": measure},
     "packs": {"packs": 4, "pack_tokens": 120, "pack_patches": 40, "open_rows": 3, "measure": measure},
 }
 
@@ -95,7 +95,9 @@ def test_a_resumed_reader_goes_on_bit_for_bit_with_any_number_of_threads(way: st
             second.load_state_dict(json.loads(state))
             assert json.dumps(second.state_dict()) == state
             assert begun + steps(second, 10, 20) == whole
-    assert len({item.drawn for share in whole for item in share.items}) > 50
+    items = [item for share in whole for item in share.items]
+    assert len({item.drawn for item in items}) > 50
+    assert all(item.drawn == Draw(*item.draw).rng.random() for item in items), "measuring does not take its numbers"
 
 
 @pytest.mark.parametrize("streams", [1, 2])
@@ -129,8 +131,7 @@ def test_packs_keep_the_budget_lose_nothing_and_say_their_fill() -> None:
     with reader("packs", pack_tokens=120) as source:
         shares = steps(source, 0, 20)
         waiting = [key for row in source.state_dict()["packer"]["rows"] for key in row["keys"]]
-        waiting += [key for unit in source.state_dict()["ready"] for key in unit]
-    packs = [pack for share in shares for pack in share.packs]
+        packs = [pack for share in shares for pack in share.packs]
     for pack in packs:
         assert sum(item.num_patches for item in pack) <= 40
         assert sum(item.num_tokens for item in pack) <= 120 or len(pack) == 1
@@ -224,18 +225,46 @@ def test_packs_without_a_usable_sample_end_in_an_error() -> None:
     source = Numbers(0, 5, broken=range(5))
     with (
         Reader([source], Mixture([5]), prepare, skip_corrupt=True, **WAYS["packs"]) as found,
-        pytest.raises(SampleError, match=r"5 samples in a row cannot be used, the last is 0\.jsonl, line \d"),
+        pytest.raises(SampleError, match=r"10 samples in a row cannot be used, the last is 0\.jsonl, line \d"),
     ):
         found.read(0.0)
 
 
-def test_a_measure_that_is_too_small_is_an_error() -> None:
-    ways = {**WAYS["packs"], "measure": lambda sample, draw: (1, 0)}
+def test_one_usable_sample_is_enough() -> None:
+    """It may be the first of an epoch and the last of the next one, and a pack needs many of it."""
+    sources = [Numbers(0, 4, broken=[0, 1, 3])]
+    with Reader(sources, Mixture([4]), prepare, skip_corrupt=True, **WAYS["packs"]) as found:
+        share = found.read(0.0)
+    assert {item.index for item in share.items} == {2}
+    assert share.corrupt > 2 * 4
+
+
+def test_a_pack_without_a_usable_sample_is_not_there() -> None:
+    source = Numbers(0, 31, truncated=range(31))
+    with Reader([source], Mixture([31]), prepare, skip_corrupt=True, **WAYS["packs"]) as found:
+        share = found.read(0.0)
+    assert (share.packs, share.fill.packs) == ((), 0)
+    assert share.samples == share.corrupt > 0
+
+
+@pytest.mark.parametrize(("cost", "message"), [((1, 99), "1 tokens and 99"), ((999, 0), "999 tokens and 0")])
+def test_a_measure_that_is_too_small_is_an_error(cost: tuple[int, int], message: str) -> None:
+    ways = {**WAYS["packs"], "measure": lambda sample, draw: cost}
     with (
         Reader([Numbers(0, 31)], Mixture([31]), prepare, **ways) as found,
-        pytest.raises(SampleError, match="measured as 1 tokens and 0 patches, but it has"),
+        pytest.raises(SampleError, match=f"measured as {message} patches, but it has"),
     ):
         found.read(0.0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_streams_get_their_share_of_the_tokens_of_all_steps(way: str) -> None:
+    """Samples that cannot be used do not count: 75 % and 25 %, to about one sample of the longest."""
+    with reader(way, 2) as source:
+        items = [item for share in steps(source, 0, 40) for item in share.items]
+    tokens = [sum(item.num_tokens for item in items if item.stream == stream) for stream in (0, 1)]
+    assert sum(tokens) > 5000
+    assert abs(tokens[1] / sum(tokens) - 0.25) < 0.03
 
 
 def test_without_a_measure_samples_are_measured_by_preparing_them() -> None:

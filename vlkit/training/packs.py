@@ -43,8 +43,8 @@ def pack(
 ) -> list[list[int]]:
     """Divide samples into few packs, none of which exceeds a budget unless it holds one sample alone.
 
-    Samples are placed from the largest to the smallest, by the larger of their parts of the token and the patch budget;
-    equal ones in their order. Each goes to the first pack where it fits, or to the one where it leaves the least room. With
+    Samples are placed from the largest to the smallest, by the sum of their parts of the token and the patch budget; equal
+    ones in their order. Each goes to the first pack where it fits, or to the one where it leaves the least room. With
     no budget but `items`, neighbours are together.
 
     Args:
@@ -68,12 +68,12 @@ def pack(
     needed = sizes[[column for column, _ in budgets]]  # [budgets, samples]
     limits = np.array([limit for _, limit in budgets])
     parts = needed / limits[:, None]
-    largest = parts[[i for i, (column, _) in enumerate(budgets) if column < 2]].max(0, initial=0.0)
+    size = parts[[i for i, (column, _) in enumerate(budgets) if column < 2]].sum(0)
     free = np.empty(
         (len(budgets), len(costs)), dtype=np.int64
     )  # of every pack; a pack over a budget has less than none
     packs: list[list[int]] = []
-    for sample in np.argsort(-largest, kind="stable"):
+    for sample in np.argsort(-size, kind="stable"):
         own = needed[:, sample]
         room = free[:, : len(packs)] - own[:, None]
         fits = (room >= 0).all(0)
@@ -84,7 +84,7 @@ def pack(
         if method == "first-fit":
             chosen = int(fits.argmax())
         else:
-            chosen = int(np.where(fits, (room / limits[:, None]).sum(0), np.inf).argmin())
+            chosen = int(np.where(fits, (room / limits[:, None]).prod(0), np.inf).argmin())
         free[:, chosen] -= own
         packs[chosen].append(int(sample))
     return sorted(sorted(numbers) for numbers in packs)
@@ -181,6 +181,7 @@ class StreamingPacker(Generic[Key]):
 
     A sample goes into the open row where it fits and leaves the least room, else into a new one. A row without a free token
     is finished; so is the fullest when there are more than `open_rows`. One sample over a budget alone is a pack at once.
+    Room is the tokens left times the patches left: a row that is full by either has none.
 
     Args:
         tokens: Of a pack.
@@ -249,12 +250,12 @@ class StreamingPacker(Generic[Key]):
         self.fill = Fill(*state["fill"])
 
     def _room(self, row: _Row[Key], tokens: int, patches: int) -> int | None:
-        """What is left in a row after a sample, in tokens times the patch budget; None where it does not fit."""
+        """What is left in a row after a sample: tokens times patches; None where it does not fit."""
         left = self.tokens - row.tokens - tokens
         if self.patches is None:
             return left if left >= 0 else None
         seen = self.patches - row.patches - patches
-        return left * self.patches + seen * self.tokens if left >= 0 and seen >= 0 else None
+        return left * seen if left >= 0 and seen >= 0 else None
 
     def _close(self, row: _Row[Key]) -> list[Key]:
         self._rows.remove(row)

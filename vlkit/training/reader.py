@@ -136,7 +136,6 @@ class Reader(Generic[ItemT]):
         self._packer: StreamingPacker[list[Any]] | None = None
         if pack_tokens is not None:
             self._packer = StreamingPacker(pack_tokens, pack_patches, open_rows=open_rows)
-        self._ready: list[list[list[Any]]] = []  # packs that are full, and of no step yet
         self._micro = {"tokens": micro_tokens, "patches": micro_patches, "most": micro_samples}
         self.skip_corrupt, self.skip_long = skip_corrupt, skip_long
         self.rank, self.num_ranks = rank, num_ranks
@@ -222,22 +221,20 @@ class Reader(Generic[ItemT]):
         """One sample, or one pack of them, and how many were left out on the way."""
         if self._packer is None:
             return [self._drawn(progress)], 0
-        dropped = 0
-        row = 0
-        while not self._ready:
+        most = 2 * sum(len(source) for source in self.sources)  # no more in a row, if one of an epoch can be used
+        dropped = in_a_row = 0
+        while in_a_row < most:
             planned = self._drawn(progress)
             if planned.cost is None:
-                dropped += 1
-                row += 1
-                if row >= sum(len(source) for source in self.sources):
-                    where = self.sources[planned.draw.stream].where(planned.draw.index)
-                    raise SampleError(
-                        f"{row} samples in a row cannot be used, the last is {where}; data.corrupt = 'refuse' says why"
-                    )
+                dropped, in_a_row = dropped + 1, in_a_row + 1
                 continue
-            row = 0
-            self._ready += self._packer.add(planned.as_json(), *planned.cost)
-        return [Planned.from_json(values) for values in self._ready.pop(0)], dropped
+            in_a_row = 0
+            for row in self._packer.add(planned.as_json(), *planned.cost):
+                return [Planned.from_json(values) for values in row], dropped
+        where = self.sources[planned.draw.stream].where(planned.draw.index)
+        raise SampleError(
+            f"{in_a_row} samples in a row cannot be used, the last is {where}; data.corrupt = 'refuse' says why"
+        )
 
     def _drawn(self, progress: float) -> Planned:
         """The next draw, measured where that is needed."""
@@ -320,7 +317,7 @@ class Reader(Generic[ItemT]):
     def _place(self) -> dict[str, Any]:
         place: dict[str, Any] = {"draws": self.draws.state_dict()}
         if self._packer is not None:
-            place |= {"packer": self._packer.state_dict(), "ready": list(self._ready)}
+            place["packer"] = self._packer.state_dict()
         return place
 
     def _return_to(self, state: dict[str, Any]) -> None:
@@ -331,5 +328,4 @@ class Reader(Generic[ItemT]):
         self.draws.load_state_dict(state["draws"])
         if self._packer is not None:
             self._packer.load_state_dict(state["packer"])
-            self._ready = [list(unit) for unit in state["ready"]]
         self._state = state
