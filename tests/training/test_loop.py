@@ -19,10 +19,12 @@ from tests.ranks import run_ranks
 from tests.training.samples import small_config
 from vlkit.errors import ConfigError, NonFiniteError, SampleError
 from vlkit.models import VisionLanguageModel
-from vlkit.training import Result, TrainConfig, loop, train
+from vlkit.training import Result, TrainConfig, loop, stage_run, train
 from vlkit.training.build import build_model
-from vlkit.training.data import Conversations, order
-from vlkit.training.loop import blank_batch, seed_all
+from vlkit.training.order import order
+from vlkit.training.sources import open_source
+from vlkit.training.stage_run import seed_all
+from vlkit.training.update import blank_batch
 
 
 def weights(config: TrainConfig) -> dict[str, Tensor]:
@@ -108,7 +110,7 @@ def test_gradients_are_those_of_the_mean_over_all_supervised_tokens(tmp_path: Pa
     torch.manual_seed(config.seed)
     model = vlkit.create_model("kimi-vl-tiny", dtype=torch.float64)
     processor = vlkit.create_processor("kimi-vl-tiny")
-    data = Conversations(config.data.files)
+    data = open_source(config.data.files)
     samples = [data[index]["messages"] for index in order(len(data), range(5), seed=config.seed)]
     out = model(processor(samples, labels=True))
     out.loss.backward()
@@ -145,16 +147,15 @@ class _Planted:
     """Makes the gradients of chosen steps NaN."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+        gradients = stage_run.StageRun.gradients
 
-        gradients = loop._Run.gradients
-
-        def planted(run: Any, share: Any, num_targets: int) -> Any:
-            result = gradients(run, share, num_targets)
+        def planted(run: Any, *args: Any) -> Any:
+            result = gradients(run, *args)
             if run.progress.step + 1 in steps:
                 next(p for p in run.model.parameters() if p.grad is not None).grad.fill_(float("nan"))
             return result
 
-        monkeypatch.setattr(loop._Run, "gradients", planted)
+        monkeypatch.setattr(stage_run.StageRun, "gradients", planted)
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from vlkit.errors import ConfigError, VlkitError
+from vlkit.errors import ConfigError, SequenceTooLongError, VlkitError
 from vlkit.models import VisionLanguageModel
 from vlkit.models.factory import compose, create_model, create_processor
 from vlkit.models.pretrained import from_pretrained, read_config
@@ -18,16 +18,23 @@ from vlkit.optim import Muon, freeze, muon_param_groups
 from vlkit.processing import Processor
 from vlkit.registry import component
 from vlkit.training.config import ModelSource, TrainConfig
-from vlkit.training.data import Conversations
+from vlkit.training.mixture import Mixture
 from vlkit.training.ranks import Ranks
+from vlkit.training.reader import Reader
 from vlkit.training.recompute import checkpoint_blocks
+from vlkit.training.rope_theta import set_rope_theta
+from vlkit.training.sources import SampleFiles, open_source
+from vlkit.training.tasks.task import Draw, Item, Task
+
+TASK = "task"
+"""The part of what trains that belongs to the task, where that has modules of its own."""
 
 
 def describe_model(config: TrainConfig) -> tuple[VisionLanguageModel, Processor]:
-    """The model on meta, frozen where it is to be, and its processor.
+    """The model on meta, and its processor.
 
     Raises:
-        ConfigError: Parts that do not fit or are too large for torch, a model without a processor, or nothing to train.
+        ConfigError: Parts that do not fit or are too large for torch, or a model without a processor.
     """
     source, dtype = config.model, getattr(torch, config.dtype)
     try:
@@ -44,7 +51,6 @@ def describe_model(config: TrainConfig) -> tuple[VisionLanguageModel, Processor]
             "TrainConfig.model: this model cannot be built, even without memory; look at its sizes (torch says: "
             f"{str(error).splitlines()[0]})"
         ) from error
-    freeze_parts(model, config)
     if source.processor is not None or source.folder is not None:
         return model, Processor.from_pretrained(source.processor or source.folder or "")
     return model, create_processor(source.name if source.name and not source.overrides else model)
@@ -74,20 +80,122 @@ def _config_of(kind: str, part: Any) -> Any:
     return component(kind, part).configs[part] if isinstance(part, str) else part
 
 
-def freeze_parts(model: VisionLanguageModel, config: TrainConfig) -> None:
-    """What the config freezes records no gradients.
+def enter_stage(model: VisionLanguageModel, config: TrainConfig) -> None:
+    """What a stage changes of a model that the stages before have left: its wavelengths, what learns, what is recomputed."""
+    if config.rope_theta is not None:
+        set_rope_theta(model, config.rope_theta, max_positions=config.max_positions)
+    freeze_parts(model, config)
+    every = {"none": 0, "selective": "selective", "full": 1}[config.activation_checkpointing]
+    if every or any("forward" in vars(block) for block in model.modules()):
+        checkpoint_blocks(model, every=every)  # type: ignore[arg-type]
+
+
+def freeze_parts(model: nn.Module, config: TrainConfig) -> None:
+    """What the config freezes records no gradients, all else does.
+
+    Of the names that fit a parameter, in `train`, `optimizer.freeze` and `optimizer.thaw`, the one with most words decides.
+
+    Args:
+        model: The model, or it and the modules of the task. Of the model alone, names of the task are not looked at.
 
     Raises:
         ConfigError: A part that is not there, or nothing is left to train.
     """
-    if config.optimizer.freeze:
-        freeze(model, config.optimizer.freeze, thaw=config.optimizer.thaw)
-    if not any(p.requires_grad for p in model.parameters()):
+    options = config.optimizer
+    trained = [*(("",) if config.train is None else config.train), *options.thaw]
+    frozen = [*options.freeze, *(() if config.train is None or "" in config.train else ("",))]
+    has_task = TASK in dict(model.named_children())
+    about_task = [name for name in trained if name.split(".")[0] == TASK]
+    if not has_task:
+        trained, frozen = ([name for name in names if name.split(".")[0] != TASK] for names in (trained, frozen))
+    freeze(model, frozen, thaw=trained)
+    if not any(p.requires_grad for p in model.parameters()) and not (about_task and not has_task):
         raise ConfigError("OptimizerOptions.freeze: all parts are frozen, nothing is left to train")
 
 
+def trained_parts(
+    model: VisionLanguageModel, modules: nn.Module | None, config: TrainConfig, ranks: Ranks
+) -> nn.Module:
+    """The model, or its parts beside the modules of the task, under the name "task"; frozen and in training as is asked for.
+
+    Raises:
+        ConfigError: Modules of a task go with a model whose parts are sharded.
+    """
+    whole: nn.Module = model
+    if modules is not None:
+        if model.parts_are_sharded:
+            raise ConfigError(
+                "this objective has modules of its own, which are not sharded: set ranks.sharding = 'zero1'"
+            )
+        modules.to(ranks.device)
+        whole = nn.ModuleDict({**dict(model.named_children()), TASK: modules})
+        sums = [repr(float(p.detach().double().sum())) for p in modules.parameters()]
+        ranks.check_equal({"sums of weights": sums}, "the ranks do not begin with the same weights of the objective")
+    freeze_parts(whole, config)
+    whole.train()
+    for part in whole.modules():
+        parameters = list(part.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            part.eval()  # frozen: nothing of it is to be random
+    return whole
+
+
+def open_sources(config: TrainConfig) -> tuple[SampleFiles, ...]:
+    """The samples of every stream."""
+    return tuple(open_source(files) for files in ([s.files for s in config.data.streams] or [config.data.files]))
+
+
+def make_reader(
+    config: TrainConfig,
+    sources: Sequence[SampleFiles],
+    task: Task,
+    model: VisionLanguageModel,
+    ranks: Ranks,
+    *,
+    seed: int,
+) -> Reader[Item]:
+    """What draws and prepares the samples of every step, and divides them among the ranks."""
+    data, positions = config.data, model.llm.config.max_positions
+    limits = [(data.max_tokens, f"data.max_tokens = {data.max_tokens}")] if data.max_tokens else []
+    limits += [(positions, f"the {positions} positions of the decoder")] if positions else []
+
+    def prepare(sample: dict[str, Any], draw: Draw) -> Item:
+        item = task.prepare(sample, draw)
+        longest = max(item.batch.ids.layout.lengths)
+        for limit, name in limits:
+            if longest > limit:
+                raise SequenceTooLongError(
+                    f"{longest} tokens, more than {name}; cut the sample, or leave such samples out with "
+                    "data.corrupt = 'skip'"
+                )
+        return item
+
+    return Reader(
+        sources,
+        Mixture(
+            [len(source) for source in sources],
+            [s.share for s in data.streams] or None,
+            seed=seed,
+            shuffle=data.shuffle,
+        ),
+        prepare,
+        measure=task.measure,
+        batch=None if config.packs else config.batch,
+        packs=config.packs,
+        pack_tokens=data.pack_tokens if config.packs else None,
+        pack_patches=data.pack_patches if config.packs else None,
+        micro_samples=config.micro_batch,
+        micro_tokens=config.micro_batch_tokens or data.pack_tokens,
+        micro_patches=data.pack_patches,
+        skip_corrupt=data.corrupt == "skip",
+        rank=ranks.rank,
+        num_ranks=ranks.size,
+        workers=data.workers,
+    )
+
+
 def fingerprint(
-    config: TrainConfig, model: VisionLanguageModel, processor: Processor, data: Conversations
+    config: TrainConfig, model: VisionLanguageModel, processor: Processor, sources: Sequence[SampleFiles]
 ) -> dict[str, Any]:
     """What has to be the same on all ranks, and when the run is resumed; as JSON."""
     parameters = [
@@ -98,7 +206,7 @@ def fingerprint(
         "model": model.config.to_dict(),
         "parameters": parameters,
         "processor": processor.config.to_dict(),
-        "data": data.fingerprint(),
+        "data": [entry for source in sources for entry in source.fingerprint()],
         "seed": config.seed,
         "shuffle": config.data.shuffle,
     }
@@ -106,16 +214,28 @@ def fingerprint(
     return found
 
 
-def build_model(config: TrainConfig, shapes: VisionLanguageModel, ranks: Ranks) -> VisionLanguageModel:
+def build_model(
+    config: TrainConfig,
+    shapes: VisionLanguageModel,
+    ranks: Ranks,
+    *,
+    folder: Path | str | None = None,
+    prepare: Callable[[VisionLanguageModel], object] = lambda model: None,
+) -> VisionLanguageModel:
     """Collective. The model with weights on this rank's device: all of them, or the rank's share.
 
     Without a folder the weights are drawn from the config's seed, the same for any number of ranks.
+
+    Args:
+        shapes: The model on meta.
+        folder: Where the weights are, instead of what the config says.
+        prepare: Called with the model before its parts are sharded.
 
     Raises:
         CheckpointError: The folder cannot be read.
         RankError: Ranks have other weights.
     """
-    dtype, folder = getattr(torch, config.dtype), config.model.folder
+    dtype, folder = getattr(torch, config.dtype), folder or config.model.folder
     torch.manual_seed(config.seed)
     if config.ranks.sharding == "fsdp" and ranks.group is not None:
         from vlkit.training.sharding import load_sharded, make_mesh
@@ -125,7 +245,7 @@ def build_model(config: TrainConfig, shapes: VisionLanguageModel, ranks: Ranks) 
             make_mesh(replicate=config.ranks.replicate, expert_parallel=config.ranks.expert_parallel),
             dtype=dtype,
             param_dtype=None if config.compute_dtype is None else getattr(torch, config.compute_dtype),
-            prepare=partial(freeze_parts, config=config),
+            prepare=prepare,
         )
         model.published_dtypes = {}  # what was trained is saved in the dtype that it was trained in
     else:
@@ -134,16 +254,14 @@ def build_model(config: TrainConfig, shapes: VisionLanguageModel, ranks: Ranks) 
                 model = from_pretrained(folder, dtype=dtype, mapped=False)
             else:
                 model = create_model(shapes.config, dtype=dtype, device="cpu")
-            freeze_parts(model, config)
+            prepare(model)
         sums = [repr(float(p.detach().double().sum())) for p in model.parameters()]
         ranks.check_equal({"sums of weights": sums}, "the ranks do not begin with the same weights")
         model.to(ranks.device)
-    if config.activation_checkpointing != "none":
-        checkpoint_blocks(model, every="selective" if config.activation_checkpointing == "selective" else 1)
     return model
 
 
-def make_optimizer(model: VisionLanguageModel, config: TrainConfig, ranks: Ranks) -> Muon:
+def make_optimizer(model: nn.Module, config: TrainConfig, ranks: Ranks) -> Muon:
     """Muon, or AdamW for all, with the learning rates of the parts."""
     options = config.optimizer
     rates = options.part_lr

@@ -48,7 +48,7 @@ from vlkit.training.options import (
 from vlkit.training.stages import absolute_stages, merge_stages
 
 if TYPE_CHECKING:
-    from vlkit.training.tasks.task import Task
+    from vlkit.training.tasks import Make
 
 __all__ = [
     "CheckpointOptions",
@@ -198,7 +198,7 @@ class TrainConfig(Config):
         return found
 
     @cached_property
-    def task(self) -> tuple[Config, type[Task]]:
+    def task(self) -> tuple[Config, Make]:
         """Options of the objective, and the task that they are of."""
         from vlkit.training.tasks import read_objective
 

@@ -68,9 +68,11 @@ def _merged(base: Table, changes: Table) -> dict[str, Any]:
             values.pop(other, None)
     for key, value in changes.items():
         before = values.get(key)
-        tables = isinstance(before, Mapping) and isinstance(value, Mapping)
-        another = key == "objective" and tables and value.get("kind", before["kind"]) != before["kind"]
-        values[key] = _merged(before, value) if tables and not another else value
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            another = key == "objective" and value.get("kind", before.get("kind")) != before.get("kind")
+            values[key] = value if another else _merged(before, value)
+        else:
+            values[key] = value
     return values
 
 
