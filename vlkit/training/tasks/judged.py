@@ -96,9 +96,7 @@ class Rollouts:
 
     def prepare(self, sample: dict[str, Any], draw: Draw) -> Item:
         """The prompt, ending where the answer begins."""
-        batch = self.setup.processor(
-            sample["messages"], sample.get("images"), sample.get("videos"), tools=sample.get("tools")
-        )
+        batch = self.setup.processor(*_prompt(sample), tools=sample.get("tools"))
         tokens, limit = batch.ids.layout.num_tokens, self.setup.model.llm.config.max_positions
         if tokens + self.options.max_new_tokens > limit:
             raise SequenceTooLongError(
@@ -109,8 +107,8 @@ class Rollouts:
         return Item(batch, {"sample": sample, "key": key, "progress": draw.progress})
 
     def measure(self, sample: dict[str, Any], draw: Draw) -> tuple[int, int]:
-        item = self.prepare(sample, draw)
-        return item.num_tokens, item.num_patches
+        tokens, patches = self.setup.processor.measure(*_prompt(sample), tools=sample.get("tools"))
+        return tokens, patches
 
     def judge(self, prompts: list[Item], seed: int) -> Judged:
         """Collective. Answers to this rank's prompts, and the rewards of all."""
@@ -204,3 +202,7 @@ def _with_tokens(items: list[Item]) -> list[Item]:
     """The items with the number of tokens that this rank learns in their mini-batch."""
     tokens = sum(num_learnt(item.batch) for item in items)
     return [Item(item.batch, {**item.extra, "local_tokens": tokens}) for item in items]
+
+
+def _prompt(sample: dict[str, Any]) -> tuple[Any, Any, Any]:
+    return sample["messages"], sample.get("images"), sample.get("videos")

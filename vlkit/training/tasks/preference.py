@@ -69,31 +69,21 @@ class Preference:
         self.shift = RewardShift()
 
     def prepare(self, sample: dict[str, Any], draw: Draw) -> Item:
-        if "chosen" not in sample or "rejected" not in sample:
-            raise SampleError("a pair is expected: 'messages', and the answers 'chosen' and 'rejected'")
-        prompt = as_prompt(sample["messages"])
-        sides = (
-            self.setup.processor(
-                [*prompt, *sample[side]],
-                sample.get("images"),
-                sample.get("videos"),
-                tools=sample.get("tools"),
-                labels=True,
-            )
-            for side in ("chosen", "rejected")
+        return Item(
+            Batch.concat([self.setup.processor(*of, labels=True, tools=tools) for *of, tools in _sides(sample)])
         )
-        return Item(Batch.concat(list(sides)))
 
     def measure(self, sample: dict[str, Any], draw: Draw) -> tuple[int, int]:
-        item = self.prepare(sample, draw)
-        return item.num_tokens, item.num_patches
+        processor = self.setup.processor
+        found = [processor.measure(*of, labels=True, tools=tools) for *of, tools in _sides(sample)]
+        return sum(tokens for tokens, _ in found), sum(patches for _, patches in found)
 
     def begin(self, items: list[Item], seed: int) -> tuple[list[list[Item]], dict[str, float]]:
         frozen = self._answers(self.setup.reference(), items)
         items = [Item(item.batch, {**item.extra, "reference": pair}) for item, pair in zip(items, frozen, strict=True)]
         if not self.options.weights[1]:
             return [items], {}
-        ours = torch.tensor(self._answers(self.setup.model, items)).reshape(-1, 2)
+        ours = torch.tensor(self._answers(self.setup.model, items), dtype=torch.float64).reshape(-1, 2)
         rewards = self._rewards(ours, items)
         return [items], {"reward_shift": self.shift.update(rewards, self.setup.ranks.group)}
 
@@ -146,3 +136,17 @@ class Preference:
         """Of [pairs, 2] log-probs of the answers under the policy."""
         reference = answers.new_tensor([item.extra["reference"] for item in items]).reshape(-1, 2)
         return implicit_rewards(*answers.T, *reference.T, beta=self.options.beta)
+
+
+def _sides(sample: dict[str, Any]) -> list[tuple[Any, Any, Any, Any]]:
+    """The two conversations of a pair, the chosen one first: messages, images, videos and tools.
+
+    No answer in the prompt is learnt.
+
+    Raises:
+        SampleError: The sample is no pair.
+    """
+    if "chosen" not in sample or "rejected" not in sample:
+        raise SampleError("a pair is expected: 'messages', and the answers 'chosen' and 'rejected'")
+    prompt, beside = as_prompt(sample["messages"]), [sample.get(name) for name in ("images", "videos", "tools")]
+    return [([*prompt, *sample[side]], *beside) for side in ("chosen", "rejected")]
