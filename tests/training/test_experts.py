@@ -5,11 +5,12 @@ Measured in fp64: gradients 1.7e-16 from those of one process.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tests.ranks import all_of, run_ranks
@@ -17,6 +18,7 @@ from tests.training.steps import backward, furthest, gradient, make, num_targets
 from vlkit.errors import ConfigError
 from vlkit.layers.moe import Experts, Router
 from vlkit.models import VisionLanguageModel
+from vlkit.objectives import load_figures
 from vlkit.packing import Batch
 from vlkit.training.experts import RankExchange, balance_experts
 from vlkit.training.sharding import make_mesh, shard_model
@@ -99,3 +101,32 @@ def test_a_rank_without_experts_is_refused() -> None:
 def test_counts_of_other_layers_are_refused() -> None:
     with pytest.raises(ConfigError, match="2 layers, but 1"):
         balance_experts(make("kimi-vl-tiny"), torch.ones(2, 5, dtype=torch.int64), 0.1)
+
+
+@pytest.mark.parametrize("rule", ["centred", "sign"])
+def test_biases_even_out_a_router_with_favourites(rule: Literal["centred", "sign"]) -> None:
+    """16 experts, 4 per token, a skew in the scores, 600 steps at 0.01. Measured: the largest load was 3.3 times the mean and
+    is 1.16 times; the mean bias is 1e-8 with Moonlight's rule, and -0.034 with DeepSeek's, which lets it drift."""
+    generator = torch.Generator().manual_seed(0)
+    router = Router(8, 16, top_k=4, scoring="sigmoid", selection_bias=True)
+    with torch.no_grad():
+        router.weight.copy_(torch.randn(16, 8, generator=generator) * 0.3)
+        router.weight[:, 0] = torch.linspace(-2, 2, 16)  # every token has a 1 there
+    violations, model = [], nn.ModuleDict({"router": router})
+    tokens = torch.randn(1024, 8, generator=generator)
+    tokens[:, 0] = 1
+    for _ in range(600):
+        load = router(tokens).load(16)[None]
+        violations.append(load_figures(load)["max_violation"])
+        balance_experts(model, load, 0.01, rule=rule)
+    assert router.bias is not None
+    assert violations[0] > 2
+    assert sum(violations[-50:]) / 50 < 0.2
+    assert router.bias.dtype == torch.float32
+    assert not any(name.endswith("bias") for name, _ in router.named_parameters())
+    assert (abs(float(router.bias.mean())) > 1e-6) == (rule == "sign")
+
+
+def test_another_rule_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'mean' is not one of centred, sign"):
+        balance_experts(make("kimi-vl-tiny"), torch.ones(1, 5, dtype=torch.int64), 0.1, rule="mean")  # type: ignore[arg-type]

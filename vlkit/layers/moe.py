@@ -1,6 +1,7 @@
 """Mixture of experts: a router chooses a few gated MLPs per token, whose outputs are added with the router's weights.
 
-    tokens [tokens, dim] -> Router -> Routing(experts [tokens, k], weights [tokens, k], scores [tokens, num_experts])
+    tokens [tokens, dim] -> Router -> Routing(experts [tokens, k], weights [tokens, k],
+                                       scores and logits [tokens, num_experts])
            -> sorted by expert -> each expert once, on its rows: down(silu(gate(x)) * up(x)) -> weighted sum per token
            (+ a shared MLP that every token uses)
 
@@ -38,11 +39,13 @@ class Routing(NamedTuple):
         experts: Chosen experts, int64 [tokens, k].
         weights: What the outputs are multiplied with, fp32 (fp64 for fp64 tokens) [tokens, k].
         scores: Scores of all experts, without the selection bias, [tokens, num_experts]: what balance losses need.
+        logits: What the scores were made of, [tokens, num_experts]: what the z-loss needs.
     """
 
     experts: Tensor
     weights: Tensor
     scores: Tensor
+    logits: Tensor | None = None
 
     def load(self, num_experts: int) -> Int[Tensor, " num_experts"]:
         """How many tokens chose each expert."""
@@ -131,7 +134,7 @@ class Router(nn.Module):
                 weights = weights / (
                     weights.sum(-1, keepdim=True) + 1e-20
                 )  # 1e-20: all chosen sigmoids may underflow to 0
-            return Routing(experts, weights * self.scale if self.scale != 1 else weights, scores)
+            return Routing(experts, weights * self.scale if self.scale != 1 else weights, scores, logits)
 
     def _within_best_groups(self, choice: Tensor) -> Tensor:
         groups = choice.unflatten(-1, (self.num_groups, -1))  # [tokens, groups, experts of a group]

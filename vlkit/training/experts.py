@@ -14,7 +14,7 @@ Source: GShard, arXiv:2006.16668; without its capacity, as MegaBlocks, arXiv:221
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -138,26 +138,39 @@ class _Travel(torch.autograd.Function):
 
 @torch.no_grad()
 def balance_experts(
-    model: nn.Module, load: Int[Tensor, "layers experts"], rate: float, *, group: dist.ProcessGroup | None = None
+    model: nn.Module,
+    load: Int[Tensor, "layers experts"],
+    rate: float,
+    *,
+    rule: Literal["centred", "sign"] = "centred",
+    group: dist.ProcessGroup | None = None,
 ) -> Int[Tensor, "layers experts"]:
     """Once per step: experts with fewer tokens than the mean become easier to choose, the others harder.
 
-    The same on every rank: counts are summed over them first. The mean of a layer's biases stays where it is.
+    With e the mean count of a layer minus an expert's, over all packs and ranks of the step, its bias changes by
+
+        "sign"      rate * sign(e_i)                          DeepSeek-V3
+        "centred"   rate * (sign(e_i) - mean_j sign(e_j))     Moonlight; the mean of a layer's biases stays where it is
+
+    Adding one number to all biases chooses no other expert, so both choose alike; the first lets the biases drift together.
 
     Args:
         model: Its routers have a selection bias.
         load: `Output.expert_load`, summed over the step's forwards of this rank.
         rate: By how much, such as 1e-3; 0 changes nothing.
+        rule: Which of the two.
         group: The ranks of the step; None is all.
 
     Returns:
         The tokens that each expert got on all ranks.
 
     Raises:
-        ConfigError: Counts for another number of layers than have a bias.
+        ConfigError: Counts for another number of layers than have a bias, or another rule.
 
-    Source: arXiv:2408.15664; with the mean taken out, Moonlight, arXiv:2502.16982.
+    Source: arXiv:2408.15664, algorithm 1; with the mean taken out, Moonlight, arXiv:2502.16982.
     """
+    if rule not in ("centred", "sign"):
+        raise ConfigError(f"balance_experts: rule {rule!r} is not one of centred, sign")
     total = load.clone()
     if dist.is_initialized():
         dist.all_reduce(total, group=group)
@@ -166,7 +179,7 @@ def balance_experts(
         raise ConfigError(f"load counts {len(total)} layers, but {len(biases)} routers of the model have a bias")
     for bias, counts in zip(biases, total.to(torch.float32), strict=True):
         lacking = (counts.mean() - counts).sign()
-        bias += rate * (lacking - lacking.mean()).to(bias.device)
+        bias += rate * (lacking - lacking.mean() if rule == "centred" else lacking).to(bias.device)
     return total
 
 
