@@ -6,15 +6,21 @@ import itertools
 import json
 import threading
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
+from tests.training.samples import write_samples
 from vlkit.errors import ConfigError, ImageError, SampleError
+from vlkit.models.factory import create_processor
+from vlkit.packing import Batch
 from vlkit.training.mixture import Mixture
 from vlkit.training.order import Draw, order
 from vlkit.training.reader import Reader, StepShare
+from vlkit.training.sources import open_source
+from vlkit.training.tasks.task import Item
 
 
 class Thing(NamedTuple):
@@ -333,3 +339,69 @@ def test_a_step_is_either_samples_or_packs() -> None:
     for wrong in ({}, {"batch": 2, "packs": 2, "pack_tokens": 9}, {"packs": 2}, {"batch": 2, "pack_tokens": 9}):
         with pytest.raises(ConfigError, match=r"give one of the two|need pack_tokens"):
             Reader([Numbers(0, 5)], Mixture([5]), prepare, **wrong)
+
+
+def test_a_truncated_image_can_be_measured_but_not_read(tmp_path: Path) -> None:
+    """With a real processor: the measure is what preparing gives, and only what cannot be read is missing."""
+    lines = write_samples(tmp_path)
+    processor = create_processor("kimi-vl-tiny")
+    picture = tmp_path / "4.png"
+    picture.write_bytes(picture.read_bytes()[:-400])
+
+    def written(sample: dict[str, Any], draw: Draw) -> Item:
+        return Item(processor(sample["messages"], labels=True), {"index": draw.index})
+
+    def measured(sample: dict[str, Any], draw: Draw) -> tuple[int, int]:
+        return processor.measure(sample["messages"], labels=True)
+
+    source = open_source(lines)
+    draws = Mixture([13], seed=0)
+    ways: dict[str, Any] = {
+        "packs": 3,
+        "pack_tokens": 300,
+        "pack_patches": 300,
+        "open_rows": 4,
+        "measure": measured,
+        "workers": 2,
+    }
+    with Reader([source], draws, written, skip_corrupt=True, **ways) as found:
+        shares = [found.read(0.0, 0.0) for _ in range(6)]
+    indices = [item.extra["index"] for share in shares for item in share.items]
+    assert set(indices) == set(range(13)) - {4}
+    for share in shares:
+        for pack in share.packs:
+            joined = Batch.concat([item.batch for item in pack])
+            assert joined.ids.layout.num_tokens <= 300
+            assert joined.patches is None or joined.patches.layout.num_tokens <= 300
+    with (
+        Reader([source], Mixture([13]), written, **ways) as strict,
+        pytest.raises(SampleError, match=r"line 5: .*4\.png"),
+    ):
+        steps(strict, 0, 6)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ('{"messages": []}', "must be a list of messages"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "nothing to learn"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image", "image": "gone.png"}]}, '
+            '{"role": "assistant", "content": "x"}]}',
+            r"gone\.png",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_sample_on_disk_is_said_or_counted(tmp_path: Path, text: str, message: str) -> None:
+    good = [{"role": "user", "content": "z"}, {"role": "assistant", "content": "yes"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": good}) + "\n" + text + "\n")
+    source, processor = open_source(tmp_path / "a.jsonl"), create_processor("kimi-vl-tiny")
+
+    def written(sample: dict[str, Any], draw: Draw) -> Item:
+        return Item(processor(sample["messages"], labels=True))
+
+    with pytest.raises(SampleError, match=rf"a\.jsonl.*line 2.*{message}"):
+        Reader([source], Mixture([2]), written, batch=2).read(0.0)
+    share = Reader([source], Mixture([2]), written, batch=2, skip_corrupt=True).read(0.0)
+    assert (share.samples, share.corrupt, len(share.items)) == (2, 1, 1)
