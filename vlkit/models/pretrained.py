@@ -185,11 +185,16 @@ def save_pretrained(
         KeyMismatchError: Tensors that are not those of `model.config`, as after resizing an embedding: nobody could load them.
         NonFiniteWeightsError: A tensor holds NaN or infinity.
         DiskFullError: Not enough space; the old folder is whole.
-        ConfigError: The family's layout cannot express the model.
+        ConfigError: The family's layout cannot express the model, or it has adapters.
     """
     if model.parts_are_sharded and gather is None:
         raise ConfigError(
             "the model lies on several ranks: call vlkit.training.save_sharded(model, folder) on all of them"
+        )
+    if any(".lora_A." in name for name, _ in model.named_parameters()):
+        raise ConfigError(
+            "the model has adapters: merge_lora(model) makes it one that can be saved, or write them alone with "
+            "save_adapter(model, folder); both are in vlkit.training"
         )
     with on_meta():
         hub.refuse_other_tensors(model, VisionLanguageModel(model.config))
