@@ -131,15 +131,25 @@ def product_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-def add_product(total: Tensor, grad: Tensor, rows: Tensor, dtype: torch.dtype) -> None:
-    """total += grad^T @ rows, in the type of the total: rounding the product of every chunk to bf16 would bias the sum.
+def logits_of(rows: Tensor, head: Tensor) -> Float[Tensor, "rows vocab"]:
+    """Products with the head, in its type, as what losses are computed in; autocast has been heard already."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return (rows.to(head.dtype) @ head.T).to(wide(rows.dtype))
 
-    A GPU multiplies in the narrow type and adds up in the wide one; the CPU widens the rows, which are the small operand.
+
+def add_gradients(grad: Tensor, rows: Tensor, head: Tensor, grad_rows: Tensor | None, grad_head: Tensor | None) -> None:
+    """What a chunk's gradient of logits [rows, vocab] adds to the two gradients that are wanted.
+
+    The head's is multiplied and added up in its own, wide type: rounding the product of every chunk to bf16 would bias the sum.
+    A GPU multiplies in the narrow type and gives the wide one (not run here); the CPU widens the rows, the small operand.
     """
-    if grad.is_cuda and dtype != total.dtype:
-        total += torch.mm(grad.to(dtype).T, rows.to(dtype), out_dtype=total.dtype)
-    else:
-        total.addmm_(grad.T, rows.to(total.dtype))
+    with torch.autocast(grad.device.type, enabled=False):
+        if grad_head is not None and grad.is_cuda and head.dtype != grad_head.dtype:
+            grad_head += torch.mm(grad.to(head.dtype).T, rows.to(head.dtype), out_dtype=grad_head.dtype)
+        elif grad_head is not None:
+            grad_head.addmm_(grad.T, rows.to(grad_head.dtype))
+        if grad_rows is not None:
+            grad_rows.copy_(grad.to(head.dtype) @ head)
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
@@ -168,21 +178,15 @@ class _FusedCrossEntropy(torch.autograd.Function):
         narrow = head.to(dtype)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            rows, target, weight = hidden[part], targets[part, None], weights[part, None]
-            with torch.autocast(hidden.device.type, enabled=False):
-                logits = (rows.to(dtype) @ narrow.T).to(
-                    weights.dtype
-                )  # [chunk, vocab], and the only tensor of this size
-                chosen = logits.gather(1, target)
-                p, log_sum = softmax_in_place(logits)
-                losses[part] = (log_sum - chosen + z_coefficient * log_sum.square()).squeeze(1)
-                if not (needs_hidden or needs_head):
-                    continue
-                grad = p.mul_(weight * (1 + 2 * z_coefficient * log_sum)).scatter_add_(1, target, -weight)
-                if grad_head is not None:
-                    add_product(grad_head, grad, rows, dtype)
-                if grad_hidden is not None:
-                    grad_hidden[part] = grad.to(dtype) @ narrow
+            losses[part] = _chunk_losses(
+                hidden[part],
+                narrow,
+                targets[part, None],
+                weights[part, None],
+                z_coefficient,
+                None if grad_hidden is None else grad_hidden[part],
+                grad_head,
+            )
         ctx.save_for_backward(grad_hidden, grad_head, losses if learns and ctx.needs_input_grad[3] else None)
         ctx.head_dtype = head.dtype
         return (weights * losses).sum()
@@ -200,6 +204,26 @@ class _FusedCrossEntropy(torch.autograd.Function):
             None if losses is None else losses * grad,
             *[None] * 4,
         )
+
+
+def _chunk_losses(
+    rows: Tensor,
+    head: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    z_coefficient: float,
+    grad_rows: Tensor | None,
+    grad_head: Tensor | None,
+) -> Float[Tensor, " rows"]:
+    """Losses without their weights, and what the chunk adds to the gradients. Its logits are the only tensor of their size, and
+    end with this function, before those of the next chunk are made."""
+    logits = logits_of(rows, head)
+    chosen = logits.gather(1, target)
+    p, log_sum = softmax_in_place(logits)
+    if grad_rows is not None or grad_head is not None:
+        grad = p.mul_(weight * (1 + 2 * z_coefficient * log_sum)).scatter_add_(1, target, -weight)
+        add_gradients(grad, rows, head, grad_rows, grad_head)
+    return (log_sum - chosen + z_coefficient * log_sum.square()).squeeze(1)
 
 
 def graph_is_kept() -> bool:

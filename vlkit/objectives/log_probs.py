@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from vlkit.errors import ConfigError
 from vlkit.objectives.cross_entropy import (
-    add_product,
+    add_gradients,
+    logits_of,
     product_dtype,
     rows_with_target,
     softmax_in_place,
@@ -120,16 +121,7 @@ class _TokenLogProbs(torch.autograd.Function):
         narrow = head.to(dtype)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            logits = _logits(hidden[part], narrow, temperature)
-            found[0, part] = logits.gather(1, targets[part, None]).squeeze(1)
-            if entropy:
-                scaled = logits.clone()
-                p, log_sum = softmax_in_place(logits)
-                # Where p rounds to 0 the logit may be -inf, and 0 * -inf would be NaN.
-                found[1, part] = log_sum.squeeze(1) - scaled.masked_fill_(p == 0, 0).mul_(p).sum(1)
-            else:
-                log_sum = torch.logsumexp(logits, 1, keepdim=True)
-            found[0, part] -= log_sum.squeeze(1)
+            found[:, part] = _chunk_numbers(hidden[part], narrow, targets[part, None], temperature, entropy)
         ctx.save_for_backward(hidden, head, targets, found[1] if entropy else None)
         ctx.options = temperature, chunk, dtype
         return found
@@ -145,26 +137,57 @@ class _TokenLogProbs(torch.autograd.Function):
         narrow = head.to(dtype)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            rows, (of_log_prob, *of_entropy) = hidden[part], (grads[:, part, None] / temperature).unbind()
-            logits = _logits(rows, narrow, temperature)
-            if entropy is None:
-                grad = softmax_in_place(logits)[0].mul_(-of_log_prob)
-            else:
-                log_p = logits.clone()
-                p, log_sum = softmax_in_place(logits)
-                # p * (-g - h (l + entropy)), with g and h the gradients of the two numbers
-                log_p.sub_(log_sum - entropy[part, None]).masked_fill_(p == 0, 0).mul_(of_entropy[0]).add_(of_log_prob)
-                grad = p.mul_(log_p.neg_())
-            grad.scatter_add_(1, targets[part, None], of_log_prob)
-            with torch.autocast(grad.device.type, enabled=False):
-                if grad_head is not None:
-                    add_product(grad_head, grad, rows, dtype)
-                if grad_hidden is not None:
-                    grad_hidden[part] = grad.to(dtype) @ narrow
+            _chunk_gradients(
+                hidden[part],
+                narrow,
+                targets[part, None],
+                temperature,
+                grads[:, part, None] / temperature,
+                None if entropy is None else entropy[part, None],
+                None if grad_hidden is None else grad_hidden[part],
+                grad_head,
+            )
         return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), *[None] * 5
 
 
-def _logits(rows: Tensor, narrow: Tensor, temperature: float) -> Float[Tensor, "rows vocab"]:
-    with torch.autocast(rows.device.type, enabled=False):
-        logits = (rows.to(narrow.dtype) @ narrow.T).to(wide(rows.dtype))
-    return logits if temperature == 1 else logits.div_(temperature)
+# A chunk's logits end with these functions, before those of the next chunk are made.
+
+
+def _chunk_numbers(
+    rows: Tensor, head: Tensor, target: Tensor, temperature: float, entropy: bool
+) -> Float[Tensor, "numbers rows"]:
+    """Log-probabilities and, if asked for, entropies."""
+    logits = logits_of(rows, head).div_(temperature)
+    chosen = logits.gather(1, target)
+    scaled = logits.clone() if entropy else None
+    p, log_sum = softmax_in_place(logits)
+    found = [chosen - log_sum]
+    if scaled is not None:
+        # Where p rounds to 0 the logit may be -inf, and 0 * -inf would be NaN.
+        found.append(log_sum - scaled.masked_fill_(p == 0, 0).mul_(p).sum(1, keepdim=True))
+    return torch.cat(found, 1).T
+
+
+def _chunk_gradients(
+    rows: Tensor,
+    head: Tensor,
+    target: Tensor,
+    temperature: float,
+    upstream: Float[Tensor, "numbers rows 1"],
+    entropy: Float[Tensor, "rows 1"] | None,
+    grad_rows: Tensor | None,
+    grad_head: Tensor | None,
+) -> None:
+    """Add what the chunk gives to the gradients."""
+    logits = logits_of(rows, head).div_(temperature)
+    if entropy is None:
+        grad = softmax_in_place(logits)[0].mul_(-upstream[0])
+    else:
+        log_p = logits.clone()
+        p, log_sum = softmax_in_place(logits)
+        # -p * (g + h (l + entropy)), with g and h the gradients of the two numbers
+        log_p.sub_(log_sum - entropy).masked_fill_(p == 0, 0).mul_(upstream[1]).add_(upstream[0])
+        grad = p.mul_(log_p.neg_())
+        del log_p
+    grad.scatter_add_(1, target, upstream[0])
+    add_gradients(grad, rows, head, grad_rows, grad_head)
