@@ -18,9 +18,8 @@ from vlkit.processing.chat import (
     VideoSlot,
     chat_pieces,
     check_messages,
-    encode_pieces,
-    fill_slots,
 )
+from vlkit.processing.encoding import encode_pieces, fill_slots
 
 IMAGE = {"type": "image", "image": "cat.png"}
 CONVERSATION: list[dict[str, Any]] = [
@@ -164,7 +163,7 @@ def test_what_a_format_cannot_say_is_refused() -> None:
     plain, qwen3 = CHAT_FORMATS["plain"], CHAT_FORMATS["qwen3"]
 
     for messages, format, match in (
-        ([call], plain, "message 0: this chat format does not write 'tool_calls'; it takes content, role"),
+        ([call], plain, "message 0: this chat format does not write 'tool_calls'; it takes content, loss, role"),
         ([thought], plain, "does not write 'reasoning_content'"),
         ([thought], CHAT_FORMATS["qwen3-vl"], "does not write 'reasoning_content'"),
         ([{"role": "tool", "content": "x"}], plain, "role 'tool' is not one of"),

@@ -107,7 +107,7 @@ def test_the_cost_is_that_of_the_batch(sizes: Any, fit: str, max_pixels: int | N
         images[1] = torch.from_numpy(images[1]).permute(2, 0, 1)
         if 3 in images[1].shape[1:] or 1 in images[1].shape[1:]:
             images.pop(1)
-    options = {"labels": labels, "max_pixels": None if fit == "stretch" else max_pixels}
+    options: dict[str, Any] = {"labels": labels, "max_pixels": None if fit == "stretch" else max_pixels}
     try:
         expected = cost(PROCESSORS[fit], asked(*images), **options)
     except ImageError:
@@ -123,14 +123,14 @@ def test_images_beside_and_videos_are_measured_too(tmp_path: Path) -> None:
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=250)
     rules = (VideoRule(min_pixels=784, max_pixels=3136), VideoRule(min_pixels=784, max_pixels=9000, budget="video"))
     content = [{"type": "image"}, {"type": "video"}, {"type": "video", "fps": 3}, {"type": "text", "text": "?"}]
-    messages = [{"role": "user", "content": content}, ANSWER]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}, ANSWER]
     for video in rules:
         for chat in ("chatml", "qwen3-vl"):
             image = ImageRule(fit="resize", max_pixels=3136, max_patches=None, frames_per_patch=2)
             processor = Processor(ProcessorConfig(chat=CHAT_FORMATS[chat], image=image, video=video))
             given = {"images": PIXELS, "videos": [str(tmp_path / "frames"), str(tmp_path / "a.gif")]}
             for max_pixels in (None, 784):
-                options = {**given, "labels": True, "max_pixels": max_pixels}
+                options: dict[str, Any] = {**given, "labels": True, "max_pixels": max_pixels}
                 assert processor.measure(messages, **options) == cost(processor, messages, **options)
 
 

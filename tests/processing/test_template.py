@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tests.assets import asset
 from vlkit.errors import TemplateError
 from vlkit.processing import CHAT_FORMATS, ByteTokenizer
-from vlkit.processing.chat import ImageSlot, Seen, Text, encode_pieces, fill_slots
+from vlkit.processing.chat import ImageSlot, Seen, Text
+from vlkit.processing.encoding import encode_pieces, fill_slots
 from vlkit.processing.template import ChatTemplate, TemplateLimits
 
 SIMPLE = """

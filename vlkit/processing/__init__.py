@@ -9,6 +9,7 @@ from vlkit.processing.image_reading import read_image as read_image
 from vlkit.processing.image_rule import ImageRule as ImageRule
 from vlkit.processing.image_rule import ResizePlan as ResizePlan
 from vlkit.processing.json_tokenizer import JsonTokenizer as JsonTokenizer
+from vlkit.processing.labels import LabelRule as LabelRule
 from vlkit.processing.processor import Measure as Measure
 from vlkit.processing.processor import Processor as Processor
 from vlkit.processing.processor_config import ProcessorConfig as ProcessorConfig

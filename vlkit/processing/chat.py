@@ -1,7 +1,6 @@
-"""Conversations -> pieces -> ids and labels.
+"""Conversations -> pieces, of which `encoding` makes ids and labels.
 
     messages --chat_pieces--> Text (the format's own, or a person's), ImageSlot, VideoSlot, ...
-             --fill_slots--> Text, Placeholders, ... --encode_pieces--> ids, labels
 
 What a person wrote is never read for special tokens: "<|im_end|>" in a user's text stays nine harmless characters.
 Only the format itself writes control tokens. Answers may hold the few that the format names, such as "<think>".
@@ -12,17 +11,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from vlkit.errors import PlaceholderMismatchError, TemplateError
+from vlkit.errors import TemplateError
 from vlkit.processing import tools as tool_texts
 from vlkit.processing.chat_format import ChatFormat
-from vlkit.processing.tokenizer import Tokenizer
 
 IGNORED = -100
 """The label of a token whose prediction is not learned."""
 
 Message = Mapping[str, Any]
 """{"role": "user", "content": "text" or a list of parts}; a part is {"type": "text", "text": ...},
-{"type": "image", "image": ...} or {"type": "video", "video": ..., "fps": ...}."""
+{"type": "image", "image": ...} or {"type": "video", "video": ..., "fps": ...}. "loss" says whether it is learnt from; see
+`vlkit.processing.LabelRule`."""
+
+Label = bool | Literal["control"]
+"""Whether a text is learned; of "control" only special tokens and line breaks are."""
 
 
 class Text(NamedTuple):
@@ -32,11 +34,17 @@ class Text(NamedTuple):
         text: The characters.
         special: Special tokens that are read as such: all (True), none (False) or these.
         learn: Whether it is part of an answer.
+        message: The message that it belongs to; None where none asked for it.
+        mark: Whether it opens or closes a turn.
+        label: Whether it is learned, where a rule has said so; otherwise answers are.
     """
 
     text: str
     special: bool | tuple[str, ...] = False
     learn: bool = False
+    message: int | None = None
+    mark: bool = False
+    label: Label | None = None
 
 
 class ImageSlot(NamedTuple):
@@ -144,6 +152,7 @@ def check_messages(messages: Sequence[Message], format: ChatFormat | None = None
             if key not in message and not (key == "content" and message.get("tool_calls")):
                 raise TemplateError(f"{where}: has no {key!r}; found {', '.join(map(repr, message)) or 'nothing'}")
         role, content = message["role"], message.get("content")
+        _check_loss(message, where)
         if format is not None:
             _check_role(message, format, where)
         if isinstance(content, str) or (content is None and message.get("tool_calls")):
@@ -161,12 +170,22 @@ def check_messages(messages: Sequence[Message], format: ChatFormat | None = None
     return visuals
 
 
+def _check_loss(message: Message, where: str) -> None:
+    loss = message.get("loss")
+    if loss is not None and not isinstance(loss, bool):
+        raise TemplateError(f"{where}: loss must be true or false, found {loss!r}")
+    if loss and message["role"] != "assistant":
+        raise TemplateError(
+            f"{where}: 'loss': true is for answers; to learn all text, LabelRule(on='all'). Found role {message['role']!r}"
+        )
+
+
 def _check_role(message: Message, format: ChatFormat, where: str) -> None:
     role = message["role"]
     roles = (*format.roles, "tool") if format.tools else format.roles
     if role not in roles:
         raise TemplateError(f"{where}: role {role!r} is not one of {', '.join(roles)}")
-    known = {"role", "content"}
+    known = {"role", "content", "loss"}
     if role == "assistant":
         known |= {"tool_calls"} if format.tools else set()
         known |= {"reasoning_content"} if format.thinking == "qwen3" else set()
@@ -238,16 +257,18 @@ def chat_pieces(
     elif format.default_system is not None:
         first, system = True, _content(format.default_system)
     if first or tools:
+        writer.message = 0 if rest is not messages else None
         writer.open("system")
         writer.parts(system)
         if tools:
             writer.own(("\n\n" if first else "") + tool_texts.SECTION_BEGIN)
-            writer.pieces.append(Text(tool_texts.signatures(tools)))
+            writer.pieces.append(Text(tool_texts.signatures(tools), message=writer.message))
             writer.own(tool_texts.SECTION_END)
         writer.close("system")
     question = _last_question(rest, format)
     for index, message in enumerate(rest):
         role, content = message["role"], _content(message.get("content"))
+        writer.message = index + len(messages) - len(rest)
         if role == "tool":
             follows = index > 0 and rest[index - 1]["role"] == "tool"
             if follows:
@@ -262,7 +283,7 @@ def chat_pieces(
             continue
         writer.open(role)
         if role == "assistant":
-            where = f"message {index + len(messages) - len(rest)}"
+            where = f"message {writer.message}"
             shown, text = _answer(message, format, index, question, index + 1 == len(rest))
             writer.answer(shown)
             for number, call in enumerate(tool_texts.calls(message, where)):
@@ -273,6 +294,7 @@ def chat_pieces(
         else:
             writer.parts(content)
         writer.close(role)
+    writer.message = None
     if add_generation_prompt:
         writer.open("assistant")
         writer.own(prompt)
@@ -285,26 +307,29 @@ class _Writer:
     def __init__(self, format: ChatFormat, number_visuals: bool) -> None:
         self.format, self.number_visuals = format, number_visuals
         self.pieces: list[Piece] = []
+        self.message: int | None = None
         self.counts = {"image": 0, "video": 0}
 
-    def own(self, text: str, *, learn: bool = False) -> None:
-        self.pieces.append(Text(text, special=True, learn=learn))
+    def own(self, text: str, *, learn: bool = False, mark: bool = False) -> None:
+        self.pieces.append(Text(text, special=True, learn=learn, message=self.message, mark=mark))
 
     def answer(self, text: str) -> None:
-        self.pieces.append(Text(text, special=self.format.answer_tokens, learn=True))
+        self.pieces.append(Text(text, special=self.format.answer_tokens, learn=True, message=self.message))
 
     def open(self, role: str) -> None:
-        self.own((self.format.separator if self.pieces else "") + self.format.turn(role).prefix)
+        if self.pieces:
+            self.pieces.append(Text(self.format.separator, special=True, mark=True))
+        self.own(self.format.turn(role).prefix, mark=True)
 
     def close(self, role: str) -> None:
-        self.own(self.format.turn(role).suffix, learn=role == "assistant")
+        self.own(self.format.turn(role).suffix, learn=role == "assistant", mark=True)
 
     def parts(self, content: Sequence[Mapping[str, Any]]) -> None:
         format = self.format
         for part in content:
             kind = part["type"]
             if kind == "text":
-                self.pieces.append(Text(part["text"]))
+                self.pieces.append(Text(part["text"], message=self.message))
                 continue
             visual = sum(self.counts.values())
             self.counts[kind] += 1
@@ -369,67 +394,3 @@ def _answer(message: Message, format: ChatFormat, index: int, question: int, las
         body = text.lstrip("\n")
         return "<think>\n" + thoughts.strip("\n") + "\n</think>\n\n" + body, text
     return text, text
-
-
-def fill_slots(
-    pieces: Sequence[Piece], format: ChatFormat, special: Mapping[str, int], seen: Sequence[Seen]
-) -> list[FilledPiece]:
-    """The pieces with the placeholders of every image and video in their slots, and the times of a video's steps.
-
-    Args:
-        special: Ids of special tokens.
-        seen: What became of each image and video, in order.
-
-    Raises:
-        PlaceholderMismatchError: Another number of slots than of images and videos.
-    """
-    slots = [piece for piece in pieces if not isinstance(piece, Text)]
-    if len(slots) != len(seen):
-        kinds = "image placeholders" if all(isinstance(slot, ImageSlot) for slot in slots) else "placeholders"
-        given = "images" if kinds == "image placeholders" else "images and videos"
-        raise PlaceholderMismatchError(f"the text has {len(slots)} {kinds}, {len(seen)} {given} were given")
-    filled: list[FilledPiece] = []
-    for piece in pieces:
-        if isinstance(piece, Text):
-            filled.append(piece)
-        elif isinstance(piece, ImageSlot):
-            filled.append(Placeholders(special[format.image_token], sum(seen[piece.visual].tokens)))
-        elif not format.frames_apart:
-            filled.append(Placeholders(special[str(format.video_token)], sum(seen[piece.visual].tokens)))
-        else:
-            for count, time in zip(*seen[piece.visual], strict=True):
-                filled.append(Text(format.frame_prefix.replace("{seconds}", f"{time:.1f}"), special=True))
-                filled.append(Placeholders(special[str(format.video_token)], count))
-                filled.append(Text(format.frame_suffix, special=True))
-    return filled
-
-
-def encode_pieces(pieces: Sequence[FilledPiece], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids, and labels aligned with them: the id where it is learned, -100 elsewhere.
-
-    Texts are joined before they are tokenised, as if all had been one text: a line break that ends a prefix and one
-    that starts a question share a token, as on the Hub. Only where an answer begins they do not, as in generation.
-    """
-    ids: list[int] = []
-    labels: list[int] = []
-    plain, plain_learn = "", False
-
-    def add(new: list[int], learn: bool) -> None:
-        ids.extend(new)
-        labels.extend(new if learn else [IGNORED] * len(new))
-
-    for piece in pieces:
-        learn = isinstance(piece, Text) and piece.learn
-        if learn != plain_learn:
-            add(tokenizer.encode(plain), plain_learn)
-            plain, plain_learn = "", learn
-        parts = [piece] if isinstance(piece, Placeholders) else tokenizer.split(piece.text, piece.special)
-        for part in parts:
-            if isinstance(part, str):
-                plain += part
-                continue
-            add(tokenizer.encode(plain), learn)
-            add([part] if isinstance(part, int) else [part.id] * part.number, learn)
-            plain = ""
-    add(tokenizer.encode(plain), plain_learn)
-    return ids, labels

@@ -34,13 +34,14 @@ from vlkit.processing.chat import (
     Visual,
     chat_pieces,
     check_messages,
-    encode_pieces,
-    fill_slots,
     usual_parts,
 )
+from vlkit.processing.encoding import encode_pieces, fill_slots
 from vlkit.processing.image import pack_canvases
+from vlkit.processing.labels import LabelRule, labelled, learn_anywhere, names_answers, rule_of
 from vlkit.processing.processor_config import ProcessorConfig
 from vlkit.processing.template import ChatTemplate, without_outer_marks
+from vlkit.processing.template_answers import AnswerSearch
 from vlkit.processing.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from vlkit.processing.visuals import Prepared
 
@@ -52,7 +53,7 @@ class _Options(NamedTuple):
 
     prompt: bool
     prefix: str
-    labels: bool
+    rule: LabelRule | None
     thinking: bool | None
     tools: Sequence[Mapping[str, Any]] | None
     number_visuals: bool
@@ -69,6 +70,14 @@ class Measure(NamedTuple):
 
     tokens: int
     patches: int
+
+
+class _Written(NamedTuple):
+    """A conversation, the images and videos that it shows, and how it is written."""
+
+    messages: Sequence[Message]
+    visuals: list[Visual]
+    pieces: list[Piece]
 
 
 class _Draft(NamedTuple):
@@ -139,7 +148,7 @@ class Processor:
         *,
         add_generation_prompt: bool = True,
         answer_prefix: str = "",
-        labels: bool = False,
+        labels: bool | LabelRule = False,
         thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         number_visuals: bool = False,
@@ -155,7 +164,8 @@ class Processor:
             videos: The same for parts {"type": "video"}. A video that is a list of frames is put into another list.
             add_generation_prompt: Whether the ids end where the assistant's answer begins. Never with labels.
             answer_prefix: First characters of the answer, given to the model.
-            labels: Whether answers are to be learned: labels are the ids of answers and of what closes them, else -100.
+            labels: Whether answers are to be learned: labels are the ids of answers and of what closes them, else -100. A
+                LabelRule says what else, or which of them.
             thinking: Whether the answer begins with thoughts, for formats that can be told.
             tools: Signatures of tools, as JSON objects, for formats that know tools.
             number_visuals: Whether "Picture 1: " and the like stand before images and videos.
@@ -192,7 +202,7 @@ class Processor:
                 if not several:
                     raise
                 raise type(error)(f"conversation {index}: {error}") from error
-        return self._batch(drafts, labels)
+        return self._batch(drafts, options.rule is not None)
 
     def measure(
         self,
@@ -202,7 +212,7 @@ class Processor:
         *,
         add_generation_prompt: bool = True,
         answer_prefix: str = "",
-        labels: bool = False,
+        labels: bool | LabelRule = False,
         thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         number_visuals: bool = False,
@@ -229,9 +239,9 @@ class Processor:
         [given_images], [given_videos] = (
             visuals.beside(given, kind, 1, False) for given, kind in ((images, "images"), (videos, "videos"))
         )
-        found, pieces = self._written(messages, given_images, given_videos, options)
-        measured = visuals.measure(found, config)
-        ids, _ = self._encoded(pieces, found, [each.seen for each in measured])
+        written = self._written(messages, given_images, given_videos, options)
+        measured = visuals.measure(written.visuals, config)
+        ids, _ = self._encoded(written, [each.seen for each in measured], options.rule)
         return Measure(len(ids), sum(each.patches for each in measured))
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -242,19 +252,20 @@ class Processor:
         self,
         prompt: bool,
         prefix: str,
-        labels: bool,
+        labels: bool | LabelRule,
         thinking: bool | None,
         tools: Sequence[Mapping[str, Any]] | None,
         number_visuals: bool,
         variables: Mapping[str, Any] | None,
     ) -> _Options:
-        if labels and (prefix or thinking is not None):
+        rule = rule_of(labels)
+        if rule is not None and (prefix or thinking is not None):
             raise TemplateError(
-                "answer_prefix and thinking begin an answer that is still to come; with labels=True it is there already"
+                "answer_prefix and thinking begin an answer that is still to come; with labels it is there already"
             )
         if variables and self._template is None:
             raise TemplateError("template_variables are for a jinja template; this processor's chat format is not one")
-        return _Options(prompt and not labels, prefix, labels, thinking, tools, number_visuals, dict(variables or {}))
+        return _Options(prompt and rule is None, prefix, rule, thinking, tools, number_visuals, dict(variables or {}))
 
     def _draft(
         self,
@@ -264,39 +275,40 @@ class Processor:
         config: ProcessorConfig,
         options: _Options,
     ) -> _Draft:
-        found, pieces = self._written(messages, images, videos, options)
-        prepared = visuals.prepare(found, config)
-        ids, labels = self._encoded(pieces, found, [each.seen for each in prepared])
+        written = self._written(messages, images, videos, options)
+        prepared = visuals.prepare(written.visuals, config)
+        ids, labels = self._encoded(written, [each.seen for each in prepared], options.rule)
         return _Draft(ids, labels, prepared)
 
     def _written(
         self, messages: Sequence[Message], images: list[Any], videos: list[Any], options: _Options
-    ) -> tuple[list[Visual], list[Piece]]:
-        """What a conversation shows, and how it is written."""
+    ) -> _Written:
         messages = usual_parts(messages)
         found = visuals.filled(check_messages(messages, self._chat if self._template is None else None), images, videos)
         pieces = self._pieces(messages, options)
         if options.prefix:
             pieces.append(Text(options.prefix, special=self._chat.answer_tokens))
-        if options.labels and not any(isinstance(piece, Text) and piece.learn for piece in pieces):
-            if self._template is not None and not self._template.marks_answers:
-                raise TemplateError("labels are asked for, but the template does not mark answers by {% generation %}")
+        no_answer = not any(isinstance(piece, Text) and piece.learn for piece in pieces)
+        if options.rule is not None and options.rule.on == "answers" and no_answer:
             raise TemplateError("labels are asked for, but no message is the assistant's: there is nothing to learn")
-        return found, pieces
+        return _Written(messages, found, pieces)
 
-    def _encoded(
-        self, pieces: Sequence[Piece], found: Sequence[Visual], seen: Sequence[Seen]
-    ) -> tuple[list[int], list[int]]:
+    def _encoded(self, written: _Written, seen: Sequence[Seen], rule: LabelRule | None) -> tuple[list[int], list[int]]:
         """Ids and labels."""
-        filled = fill_slots(pieces, self._chat, self.tokenizer.special, seen)
+        filled = fill_slots(written.pieces, self._chat, self.tokenizer.special, seen)
+        if rule is not None:
+            filled = labelled(filled, rule, written.messages)
         ids, labels = encode_pieces(filled, self.tokenizer)
         if not ids:
             raise TemplateError("nothing is written for this conversation: the template makes an empty text of it")
+        if rule is not None and rule.anywhere:
+            placeholders = [id for id in (self.image_token_id, self.video_token_id) if id is not None]
+            labels = learn_anywhere(ids, labels, rule, self.tokenizer, placeholders)
         limit = self.config.max_length
         if limit is not None and len(ids) > limit:
             tokens = sum(sum(each.tokens) for each in seen)
             raise SequenceTooLongError(
-                f"{len(ids)} tokens ({tokens} of them for {visuals.counted(found)}); at most {limit} fit. Shorten the "
+                f"{len(ids)} tokens ({tokens} of them for {visuals.counted(written.visuals)}); at most {limit} fit. Shorten the "
                 f"conversation, lower the limits of the image or video rule, or leave the sample out"
             )
         return ids, labels
@@ -338,14 +350,21 @@ class Processor:
             "add_vision_id": options.number_visuals or None,
         }
         variables = {**options.variables, **{name: value for name, value in asked.items() if value is not None}}
+        answers, rule = None, options.rule
+        if rule is not None:
+            by_message = names_answers(rule, messages)
+            if rule.on == "answers" or by_message:
+                stop = [name for name, id in self.tokenizer.special.items() if id in self.stop_ids]
+                answers = AnswerSearch(stop, rule.special != "none" or (rule.on == "all" and by_message), by_message)
         pieces = self._template.pieces(
-            messages,
+            [{key: value for key, value in message.items() if key != "loss"} for message in messages],
             self.tokenizer.special,
             chat.image_token,
             chat.video_token,
             answer_tokens=chat.answer_tokens,
             add_generation_prompt=options.prompt,
             variables=variables,
+            answers=answers,
         )
         return without_outer_marks(pieces, chat)
 

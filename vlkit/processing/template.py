@@ -17,6 +17,7 @@ from typing import Any
 from vlkit.errors import TemplateError, VlkitError
 from vlkit.processing.chat import ImageSlot, Message, Piece, Text, VideoSlot, check_messages
 from vlkit.processing.chat_format import ChatFormat
+from vlkit.processing.template_answers import AnswerSearch, Part, find_answers, find_headers, with_marks
 from vlkit.processing.template_sandbox import ANSWER, ANSWER_END, BREAK, TemplateLimits, compile_template, generate
 
 
@@ -64,8 +65,7 @@ class ChatTemplate:
         Raises:
             TemplateError: The template raises, does what is not allowed, or exceeds a limit.
         """
-        text = self._render(messages, add_generation_prompt, variables or {})
-        return text.replace(ANSWER, "").replace(ANSWER_END, "")
+        return _unmarked(self._render(messages, add_generation_prompt, variables or {}))[0]
 
     def pieces(
         self,
@@ -77,6 +77,7 @@ class ChatTemplate:
         answer_tokens: Collection[str] = (),
         add_generation_prompt: bool = False,
         variables: Mapping[str, Any] | None = None,
+        answers: AnswerSearch | None = None,
     ) -> list[Piece]:
         """The conversation as pieces: special tokens are those that the template wrote.
 
@@ -86,37 +87,49 @@ class ChatTemplate:
             video_token: The one that it writes for a video.
             answer_tokens: Special tokens that are read as such inside an assistant's message.
             variables: What the template reads besides, such as tools or enable_thinking.
+            answers: How answers are found where the template does not mark them; None leaves them unknown there.
 
         Raises:
-            TemplateError: As `render`; or a malformed conversation.
+            TemplateError: As `render`; a malformed conversation; or answers that cannot be found.
         """
         check_messages(messages)
         in_answers = set(special) - set(answer_tokens)
         guarded = [_guarded(each, in_answers if each["role"] == "assistant" else special) for each in messages]
         given = {key: _guarded(value, special) for key, value in (variables or {}).items()}
-        text = self._render(guarded, add_generation_prompt, given)
+
+        def written(count: int, prompt: bool) -> str:
+            return _unmarked(self._render(guarded[:count], prompt, given))[0]
+
+        text, spans = _unmarked(self._render(guarded, add_generation_prompt, given))
+        assistants = [index for index, each in enumerate(messages) if each["role"] == "assistant"]
+        if answers is not None and not self.marks_answers:
+            spans = find_answers(text, messages, written, set(answers.stop) - set(answer_tokens))
+        owners: list[int | None] = [*assistants] if len(spans) == len(assistants) else [None] * len(spans)
+        if answers is not None and answers.by_message and None in owners:
+            raise TemplateError(
+                f"the template marks {len(spans)} answers for {len(assistants)} of the assistant's messages"
+            )
+        parts = [Part(*span, message=message, learn=True) for span, message in zip(spans, owners, strict=True)]
+        if answers is not None and answers.headers:
+            parts += find_headers(text, parts, written)
         names = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
         pieces: list[Piece] = []
         num_visuals = 0
-        learn = False
-        for span in re.split(f"([{ANSWER}{ANSWER_END}])", text):
-            if span in (ANSWER, ANSWER_END):
-                learn = span == ANSWER
-                continue
-            end = 0
-            for match in (*names.finditer(span), None):
-                plain = span[end : match.start() if match else None].replace(BREAK, "")
+        for part in _divided(text, parts):
+            end = part.start
+            for match in (*names.finditer(text, part.start, part.end), None):
+                plain = text[end : match.start() if match else part.end].replace(BREAK, "")
                 if plain:
-                    pieces.append(Text(plain, learn=learn))
+                    pieces.append(Text(plain, learn=part.learn, message=part.message, mark=part.mark))
                 if match is None:
                     break
                 if match[0] in (image_token, video_token):
                     pieces.append((ImageSlot if match[0] == image_token else VideoSlot)(num_visuals))
                     num_visuals += 1
                 else:
-                    pieces.append(Text(match[0], special=(match[0],), learn=learn))
+                    pieces.append(Text(match[0], (match[0],), part.learn, part.message, part.mark))
                 end = match.end()
-        return pieces
+        return pieces if answers is None else with_marks(pieces)
 
     def _render(self, messages: Sequence[Any], add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
         values = {**variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
@@ -127,6 +140,33 @@ class ChatTemplate:
             raise TemplateError(f"{self.name}: {error}") from error
         except Exception as error:  # whatever a template can make Python raise
             raise TemplateError(f"{self.name}: {type(error).__name__}: {error}") from error
+
+
+def _unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without the marks of answers, and from where to where each answer goes."""
+    if ANSWER not in text and ANSWER_END not in text:
+        return text, []
+    plain, length, start = [], 0, None
+    spans: list[tuple[int, int]] = []
+    for span in re.split(f"([{ANSWER}{ANSWER_END}])", text):
+        if span == ANSWER:
+            start = length
+        elif span == ANSWER_END:
+            spans.append((length if start is None else start, length))
+            start = None
+        else:
+            plain.append(span)
+            length += len(span)
+    return "".join(plain), spans
+
+
+def _divided(text: str, parts: Sequence[Part]) -> list[Part]:
+    """The parts in order, and what lies between them."""
+    divided, end = [], 0
+    for part in sorted(parts, key=lambda each: (each.start, each.end)):
+        divided += [Part(end, part.start), part]
+        end = part.end
+    return [*divided, Part(end, len(text))]
 
 
 def without_outer_marks(pieces: list[Piece], chat: ChatFormat) -> list[Piece]:
