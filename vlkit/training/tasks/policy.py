@@ -80,6 +80,7 @@ class GRPO:
     def __init__(self, options: GRPOOptions, setup: Setup) -> None:
         self.options, self.setup = options, setup
         self.rollouts = Rollouts(options, setup)
+        self.rates = self.rollouts.rates  # for draws by success
         self.variant = VARIANTS[options.variant]
 
     def prepare(self, sample: dict[str, Any], draw: Draw) -> Item:
@@ -191,6 +192,7 @@ class MirrorDescent:
     def __init__(self, options: MirrorDescentOptions, setup: Setup) -> None:
         self.options, self.setup = options, setup
         self.rollouts = Rollouts(options, setup)
+        self.rates = self.rollouts.rates  # for draws by success
 
     def prepare(self, sample: dict[str, Any], draw: Draw) -> Item:
         return self.rollouts.prepare(sample, draw)
