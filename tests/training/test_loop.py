@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import vlkit
 from tests.ranks import run_ranks
+from tests.training.runs import metrics, until, weights
 from tests.training.samples import small_config
 from vlkit.errors import ConfigError, NonFiniteError, SampleError
 from vlkit.models import VisionLanguageModel
@@ -27,36 +28,8 @@ from vlkit.training.stage_run import seed_all
 from vlkit.training.update import blank_batch
 
 
-def weights(config: TrainConfig) -> dict[str, Tensor]:
-    """Of the model that a run has saved."""
-    return dict(vlkit.from_pretrained(Path(config.run) / "model").state_dict())
-
-
-def metrics(config: TrainConfig) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(config.run) / "metrics.jsonl").read_text().splitlines()]
-
-
 def train_ranks(rank: int, config: TrainConfig, steps: int) -> Result:
     return train(config.replace(steps=steps) if steps else config)
-
-
-def until(config: TrainConfig, step: int, num_ranks: int = 1) -> None:
-    """Run on some ranks until a step, as a run that is stopped there would; the schedule is that of the whole run."""
-    if num_ranks == 1:
-        train_until(0, config, step)
-    else:
-        run_ranks(train_until, num_ranks, config, step)
-
-
-def train_until(rank: int, config: TrainConfig, step: int) -> Result:
-    import os
-    import signal
-
-    def say(line: str) -> None:
-        if line.startswith(f"step {step}/"):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return train(config, say=say)
 
 
 def test_a_run_learns_and_its_model_loads(tmp_path: Path) -> None:

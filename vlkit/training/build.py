@@ -17,8 +17,11 @@ from vlkit.models.pretrained import from_pretrained, read_config
 from vlkit.optim import Muon, freeze, muon_param_groups
 from vlkit.processing import Processor
 from vlkit.registry import component
-from vlkit.training.config import ModelSource, TrainConfig
+from vlkit.training.config import TrainConfig
 from vlkit.training.mixture import Mixture
+from vlkit.training.options import DataSource, ModelSource
+from vlkit.training.order import Draws
+from vlkit.training.prompts import CurriculumDraws, PrioritisedDraws, SuccessRates, difficulties
 from vlkit.training.ranks import Ranks
 from vlkit.training.reader import Reader
 from vlkit.training.recompute import checkpoint_blocks
@@ -145,6 +148,24 @@ def open_sources(config: TrainConfig) -> tuple[SampleFiles, ...]:
     return tuple(open_source(files) for files in ([s.files for s in config.data.streams] or [config.data.files]))
 
 
+def make_draws(data: DataSource, sources: Sequence[SampleFiles], task: Task, *, seed: int) -> Draws:
+    """What is drawn next.
+
+    Raises:
+        ConfigError: Draws by success, and an objective that judges no answers.
+    """
+    sizes = [len(source) for source in sources]
+    if data.draws == "curriculum":
+        start, until = data.curriculum or (0.2, 0.8)
+        return CurriculumDraws([difficulties(source) for source in sources], start=start, until=until, seed=seed)
+    if data.draws == "prioritised":
+        rates = getattr(task, "rates", None)
+        if not isinstance(rates, SuccessRates):
+            raise ConfigError("data.draws = 'prioritised' needs an objective that judges answers, such as grpo")
+        return PrioritisedDraws(sizes, rates, seed=seed)
+    return Mixture(sizes, [stream.share for stream in data.streams] or None, seed=seed, shuffle=data.shuffle)
+
+
 def make_reader(
     config: TrainConfig,
     sources: Sequence[SampleFiles],
@@ -172,12 +193,7 @@ def make_reader(
 
     return Reader(
         sources,
-        Mixture(
-            [len(source) for source in sources],
-            [s.share for s in data.streams] or None,
-            seed=seed,
-            shuffle=data.shuffle,
-        ),
+        make_draws(data, sources, task, seed=seed),
         prepare,
         measure=task.measure,
         batch=None if config.packs else config.batch,

@@ -86,7 +86,8 @@ class TrainConfig(Config):
         compute_dtype: Of the products; None is that of the parameters. With dtype = "float32" it may be "bfloat16", by
             autocast or FSDP2. No other pair is possible: products are never wider than the parameters.
         activation_checkpointing: Recompute blocks in the backward: "none", "selective" (cheap parts only) or "full".
-        balance_rate: Change per step of the selection bias of routers that have one.
+        balance_rate: Change per step of the selection bias of routers that have one, and are not frozen.
+        balance_rule: "centred" keeps the mean of a layer's biases (Moonlight), "sign" does not (DeepSeek-V3).
         seed: Of weights, order and everything drawn.
         device: "auto" takes an accelerator where there is one.
         ranks: How ranks share the work.
@@ -121,6 +122,7 @@ class TrainConfig(Config):
     compute_dtype: Dtype | None = None
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     balance_rate: Factor = 1e-3
+    balance_rule: Literal["centred", "sign"] = "centred"
     seed: Count = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ranks: RankOptions = RankOptions()
@@ -173,11 +175,8 @@ class TrainConfig(Config):
             raise ConfigError(
                 "TrainConfig.epochs: how many steps an epoch of packs or streams has is not known; give steps"
             )
-        steps, schedule = self.steps, self.schedule
-        if steps is not None and schedule.warmup + (schedule.decay or 0) > steps:
-            raise ConfigError(
-                f"TrainConfig.schedule: warmup={schedule.warmup} and decay={schedule.decay} do not fit into steps={steps}"
-            )
+        if self.steps is not None:
+            self.schedule.steps(self.steps)
 
     def resolved_stages(self) -> list[tuple[str, TrainConfig]]:
         """Name and whole config of every stage, in order; a run without stages is one without a name.

@@ -91,6 +91,10 @@ class DataSource(Config):
         files: JSON lines. Images lie in the file's own folder or below; their paths are relative to it.
         streams: Several kinds of data that are mixed by shares of tokens, instead of `files`.
         shuffle: Draw a new order for every epoch; else the order of the files.
+        draws: "epochs": every sample once per epoch. "curriculum": from easy to hard, by the "difficulty" of the samples.
+            "prioritised": those more often that the model fails at, as an objective with verified answers finds out.
+        curriculum: With that: the share of the samples that is open at first, and the progress at which all are; by default
+            0.2 and 0.8.
         corrupt: What happens to a sample that cannot be used: stop with its file and line, or leave it out and count it.
         max_tokens: A sample with more tokens is too long; None takes the decoder's positions, which are the limit in any case.
         pack_tokens: Samples are packed into rows of at most so many tokens, each row one forward.
@@ -101,6 +105,8 @@ class DataSource(Config):
     files: tuple[str, ...] = ()
     streams: tuple[Stream, ...] = ()
     shuffle: bool = True
+    draws: Literal["epochs", "curriculum", "prioritised"] = "epochs"
+    curriculum: tuple[Share, Share] | None = None
     corrupt: Literal["refuse", "skip"] = "refuse"
     max_tokens: Size | None = None
     pack_tokens: Size | None = None
@@ -112,6 +118,10 @@ class DataSource(Config):
             raise ConfigError("DataSource: give either files or streams")
         if not self.files and not self.streams:
             raise ConfigError("DataSource.files: no files")
+        if self.curriculum is not None and self.draws != "curriculum":
+            raise ConfigError("DataSource.curriculum goes with draws = 'curriculum'")
+        if self.draws != "epochs" and any(stream.share != 1.0 for stream in self.streams):
+            raise ConfigError(f"DataSource.streams: with draws = {self.draws!r} streams have no shares")
         names = [stream.name for stream in self.streams]
         for name in names:
             if names.count(name) > 1:
@@ -189,16 +199,33 @@ class Schedule(Config):
     """The learning rate over the run; see `vlkit.optim.warmup_decay`.
 
     Attributes:
-        warmup: Steps of the rise.
-        decay: Steps of the fall at the end; by default all that follow the rise.
+        warmup: Steps of the rise; a number with a point is a share of all steps, rounded up.
+        decay: The same of the fall at the end; by default all steps that follow the rise.
         shape: Of the fall.
         final: Factor at the end.
     """
 
-    warmup: Count = 0
-    decay: Count | None = None
+    warmup: Count | Share = 0
+    decay: Count | Share | None = None
     shape: Literal["cosine", "linear"] = "cosine"
     final: Share = 0.0
+
+    def steps(self, total: int) -> tuple[int, int | None]:
+        """Steps of the rise and of the fall, in a run of so many.
+
+        Raises:
+            ConfigError: They do not fit.
+        """
+
+        def whole(length: float) -> int:
+            return length if isinstance(length, int) else math.ceil(length * total - 1e-9)
+
+        warmup, decay = whole(self.warmup), None if self.decay is None else whole(self.decay)
+        if warmup + (decay or 0) > total:
+            raise ConfigError(
+                f"TrainConfig.schedule: warmup={self.warmup} and decay={self.decay} do not fit into steps={total}"
+            )
+        return warmup, decay
 
 
 class RankOptions(Config):

@@ -23,6 +23,7 @@ from torch import Tensor
 from vlkit.errors import NonFiniteError, RankError, SampleError
 from vlkit.layers.moe import Router
 from vlkit.models import VisionLanguageModel
+from vlkit.objectives.balance import load_figures
 from vlkit.optim import warmup_decay
 from vlkit.optim.state import slots_of
 from vlkit.processing import Processor
@@ -196,7 +197,7 @@ class StageRun:
             for slot in slots_of(self.optimizer):
                 slot.tensor.zero_()
         items = share.items
-        updates, begun = self.task.begin(items, step_seed(config.seed, progress.step, ranks.rank))
+        updates, begun = self.task.begin(items, step_seed(config.seed, progress.step))
         told: dict[str, Any] = {**begun, **self.fill(share)} if logged else {}
         losses, norm, skipped, taught, load = [], None, True, False, None
         for packs in [self.packs(update, share) for update in updates]:
@@ -232,7 +233,8 @@ class StageRun:
         self.optimizer.zero_grad(set_to_none=True)
         rate, load = self.config.balance_rate, sums.load
         if self.balanced is not None and load is not None and rate and not self.optimizer.last_step_skipped:
-            balance_experts(self.model, load * self.balanced, rate, group=self.ranks.group)
+            rule = self.config.balance_rule
+            balance_experts(self.model, load * self.balanced, rate, rule=rule, group=self.ranks.group)
         return sums
 
     def gradients(self, packs: list[list[Item]], totals: dict[str, float], forwards: int) -> Sums:
@@ -293,10 +295,12 @@ class StageRun:
         found = {"packs": fill.packs, "token_fill": fill.token_fill, "patch_fill": fill.patch_fill}
         return {name: value for name, value in found.items() if value is not None}
 
-    def expert_figures(self, load: Tensor) -> dict[str, list[float]]:
-        """Collective. How evenly the experts of every layer were used."""
-        layers = [{"max_violation": layer.max() / layer.double().mean() - 1} for layer in self.ranks.sum(load)]
-        return {name: [float(figures[name]) for figures in layers] for name in layers[0]}
+    def expert_figures(self, load: Tensor) -> dict[str, Any]:
+        """Collective. How evenly the experts were used, and the largest violation of every layer."""
+        load = self.ranks.sum(load)
+        biases = [m.bias for m in self.model.modules() if isinstance(m, Router) and m.bias is not None]
+        layers = [load_figures(layer).get("max_violation") for layer in load]
+        return {**load_figures(load, biases), "max_violation_of_layers": layers}
 
     def rates(self) -> dict[str, float]:
         """The highest learning rate in every part of the model."""
@@ -338,9 +342,8 @@ class StageRun:
 def learning_rate_factor(config: TrainConfig, total: int, step: int) -> float:
     """The factor on all learning rates in a step of a stage, counted from 0."""
     schedule = config.schedule
-    return warmup_decay(
-        step, total=total, warmup=schedule.warmup, decay=schedule.decay, shape=schedule.shape, final=schedule.final
-    )
+    warmup, decay = schedule.steps(total)
+    return warmup_decay(step, total=total, warmup=warmup, decay=decay, shape=schedule.shape, final=schedule.final)
 
 
 def autocast(config: TrainConfig, device: torch.device, sharded: bool) -> AbstractContextManager[Any]:
@@ -358,6 +361,6 @@ def seed_all(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(state[2]) << 32 | int(state[3]))
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """A seed for what a task draws in a step."""
-    return int(np.random.SeedSequence([seed, step, rank], spawn_key=(1,)).generate_state(1, np.uint64)[0] >> 1)
+def step_seed(seed: int, step: int) -> int:
+    """A seed for what a task draws in a step, the same on all ranks."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)

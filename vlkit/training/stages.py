@@ -47,17 +47,20 @@ def merge_stages(config: Table) -> list[tuple[str, dict[str, Any]]]:
         for field in OF_THE_RUN:
             if field in own:
                 raise ConfigError(f"stage {name!r}: {field} belongs to the whole run; a stage cannot change it")
-        values = base if preset is None else _merged(base, _known(preset, name))
+        values = base if preset is None else _merged(base, _known(preset, name, own))
         found[name] = _merged(values, own)
     return list(found.items())
 
 
-def _known(preset: Any, stage: str) -> Table:
+def _known(preset: Any, stage: str, own: Table) -> Table:
+    """What is known of a published stage, whose gaps the stage of the run has to fill itself."""
     from vlkit.training.presets import preset as find
 
     if not isinstance(preset, str):
         raise ConfigError(f"stage {stage!r}: preset: expected the name of a preset, found {preset!r}")
-    return find(preset).known()
+    published = find(preset)
+    published.refuse_gaps(own)
+    return published.known()
 
 
 def _merged(base: Table, changes: Table) -> dict[str, Any]:
@@ -68,12 +71,22 @@ def _merged(base: Table, changes: Table) -> dict[str, Any]:
             values.pop(other, None)
     for key, value in changes.items():
         before = values.get(key)
-        if isinstance(before, Mapping) and isinstance(value, Mapping):
+        if key == "streams" and before:
+            values[key] = _named(before, value)
+        elif isinstance(before, Mapping) and isinstance(value, Mapping):
             another = key == "objective" and value.get("kind", before.get("kind")) != before.get("kind")
             values[key] = value if another else _merged(before, value)
         else:
             values[key] = value
     return values
+
+
+def _named(base: Any, changes: Any) -> Any:
+    """Streams of data, each merged with the one of its name."""
+    if not all(isinstance(each, Mapping) for streams in (base, changes) for each in streams):
+        return changes
+    known = {stream.get("name"): stream for stream in base}
+    return [_merged(known.get(stream.get("name"), {}), stream) for stream in changes]
 
 
 def absolute_stages(

@@ -93,7 +93,7 @@ class Task(Protocol):
 
         Args:
             items: Of this rank; none where it has nothing.
-            seed: Of the seed, the step and the rank.
+            seed: Of the run's seed and the step: the same on every rank.
 
         Returns:
             The items of every update of the step, as many updates on every rank; most tasks give [items]. And figures, which
