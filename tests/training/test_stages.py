@@ -189,7 +189,7 @@ def test_wavelengths_stay_where_a_stage_has_set_them(tmp_path: Path) -> None:
     until(config, 2)
     train(config)
     models = [vlkit.from_pretrained(Path(config.run) / "stages" / name) for name in ("1-short", "2-long", "3-sft")]
-    assert [model.config.llm.theta for model in models] == [50000.0, 1e6, 1e6]
+    assert [model.config.llm.theta for model in models] == [800000.0, 1e6, 1e6]
     assert models[2].config.llm.max_positions == 9000
 
 
@@ -217,3 +217,32 @@ def test_frozen_parts_are_in_evaluation_mode(tmp_path: Path, monkeypatch: pytest
         {"vision": False, "projector": True, "llm": False},
         {"vision": True, "projector": True, "llm": True},
     ]
+
+
+@pytest.mark.slow
+def test_adapters_learn_in_stages_and_are_merged_into_what_is_saved(tmp_path: Path) -> None:
+    """PEFT takes seconds to import."""
+    lora = {"parts": ["llm"], "rank": 2, "targets": ["q_proj", "down_proj"]}
+    config = staged(tmp_path, {**ALIGN, "train": ["llm"]}, {**ALL, "train": ["projector", "llm"]}, lora=lora)
+    halves = config.replace(run=str(tmp_path / "halves"))
+    train(config)
+    until(halves, 5)
+    train(halves)
+    torch.manual_seed(config.seed)
+    start = vlkit.create_model("kimi-vl-tiny").state_dict()
+    align, sft = of_stage(config, "1-align"), of_stage(config, "2-sft")
+    changed = {name for name in start if not torch.equal(start[name], align[name])} - {
+        name for name in start if name.endswith("router.bias")
+    }
+    assert changed
+    assert all(".q" in name or ".down" in name for name in changed)
+    again = {name for name in start if not torch.equal(align[name], sft[name])}
+    assert {name for name in again if name.startswith("projector.")} == {n for n in start if n.startswith("projector.")}
+    assert not {name for name in again if name.startswith("vision.")}
+    assert_close(weights(halves), weights(config), rtol=0, atol=0)
+    assert (Path(config.run) / "model/adapter/adapter_config.json").is_file()
+
+
+def test_adapters_are_not_sharded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="adapters are not sharded; set ranks.sharding = 'zero1'"):
+        small_config(tmp_path, lora={}, ranks={"sharding": "fsdp"})

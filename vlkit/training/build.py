@@ -18,6 +18,7 @@ from vlkit.optim import Muon, freeze, muon_param_groups
 from vlkit.processing import Processor
 from vlkit.registry import component
 from vlkit.training.config import TrainConfig
+from vlkit.training.lora import add_lora, is_adapter
 from vlkit.training.mixture import Mixture
 from vlkit.training.options import DataSource, ModelSource
 from vlkit.training.order import Draws
@@ -54,6 +55,8 @@ def describe_model(config: TrainConfig) -> tuple[VisionLanguageModel, Processor]
             "TrainConfig.model: this model cannot be built, even without memory; look at its sizes (torch says: "
             f"{str(error).splitlines()[0]})"
         ) from error
+    if config.lora is not None:
+        add_lora(model, config.lora)
     if source.processor is not None or source.folder is not None:
         return model, Processor.from_pretrained(source.processor or source.folder or "")
     return model, create_processor(source.name if source.name and not source.overrides else model)
@@ -96,7 +99,8 @@ def enter_stage(model: VisionLanguageModel, config: TrainConfig) -> None:
 def freeze_parts(model: nn.Module, config: TrainConfig) -> None:
     """What the config freezes records no gradients, all else does.
 
-    Of the names that fit a parameter, in `train`, `optimizer.freeze` and `optimizer.thaw`, the one with most words decides.
+    Of the names that fit a parameter, in `train`, `optimizer.freeze` and `optimizer.thaw`, the one with most words decides. In
+    parts with adapters only these can learn.
 
     Args:
         model: The model, or it and the modules of the task. Of the model alone, names of the task are not looked at.
@@ -112,6 +116,10 @@ def freeze_parts(model: nn.Module, config: TrainConfig) -> None:
     if not has_task:
         trained, frozen = ([name for name in names if name.split(".")[0] != TASK] for names in (trained, frozen))
     freeze(model, frozen, thaw=trained)
+    if config.lora is not None:
+        for name, parameter in model.named_parameters():
+            if name.split(".")[0] in config.lora.parts and not is_adapter(name):
+                parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()) and not (about_task and not has_task):
         raise ConfigError("OptimizerOptions.freeze: all parts are frozen, nothing is left to train")
 
@@ -204,6 +212,7 @@ def make_reader(
         micro_tokens=config.micro_batch_tokens or data.pack_tokens,
         micro_patches=data.pack_patches,
         skip_corrupt=data.corrupt == "skip",
+        skip_long=data.too_long == "skip",
         rank=ranks.rank,
         num_ranks=ranks.size,
         workers=data.workers,
@@ -236,6 +245,7 @@ def build_model(
     ranks: Ranks,
     *,
     folder: Path | str | None = None,
+    adapted: bool = True,
     prepare: Callable[[VisionLanguageModel], object] = lambda model: None,
 ) -> VisionLanguageModel:
     """Collective. The model with weights on this rank's device: all of them, or the rank's share.
@@ -245,6 +255,7 @@ def build_model(
     Args:
         shapes: The model on meta.
         folder: Where the weights are, instead of what the config says.
+        adapted: Whether it gets the adapters that the config asks for.
         prepare: Called with the model before its parts are sharded.
 
     Raises:
@@ -270,6 +281,8 @@ def build_model(
                 model = from_pretrained(folder, dtype=dtype, mapped=False)
             else:
                 model = create_model(shapes.config, dtype=dtype, device="cpu")
+            if adapted and config.lora is not None:
+                add_lora(model, config.lora)
             prepare(model)
         sums = [repr(float(p.detach().double().sum())) for p in model.parameters()]
         ranks.check_equal({"sums of weights": sums}, "the ranks do not begin with the same weights")

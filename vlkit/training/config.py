@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vlkit.config import Config, Count, Positive, Size
 from vlkit.errors import ConfigError
 from vlkit.hub.strict_json import read_json
+from vlkit.training.lora import LoraOptions
 from vlkit.training.options import (
     CheckpointOptions,
     DataSource,
@@ -45,6 +46,7 @@ from vlkit.training.options import (
     RankOptions,
     Schedule,
 )
+from vlkit.training.resolution import ResolutionSchedule
 from vlkit.training.stages import absolute_stages, merge_stages
 
 if TYPE_CHECKING:
@@ -74,12 +76,15 @@ class TrainConfig(Config):
         packs: Packs of `data.pack_tokens` per step, over all ranks, instead of `batch` samples.
         micro_batch: Most samples of one forward on one rank; None takes all that the rank has.
         micro_batch_tokens: Most tokens of one forward on one rank, where more than one sample is in it.
+        resolution: How many pixels an image may have, over the progress of the stage; None leaves it to the processor.
         objective: What is minimised: a table with "kind" and its options, see `vlkit.training.tasks`; None is next-token.
         train: What learns: parts of the model by the beginnings of parameter names, as in `vlkit.optim.freeze`; all else is
             frozen. None is all. `optimizer.freeze` and `thaw` are taken into account too; of all that fit a name, the one with
             most words decides.
         rope_theta: Base of the decoder's rotary wavelengths from here on; None leaves it.
         max_positions: With rope_theta: positions that the decoder accepts from here on.
+        lora: Adapters that learn in the place of the parts that they are in; everywhere else it is as without. The saved model
+            has them merged, and they lie beside it in the folder `adapter`.
         optimizer: Rule of the update.
         schedule: Learning rate over the run.
         dtype: Of the parameters.
@@ -112,10 +117,12 @@ class TrainConfig(Config):
     packs: Size | None = None
     micro_batch: Size | None = None
     micro_batch_tokens: Size | None = None
+    resolution: ResolutionSchedule | None = None
     objective: Mapping[str, Any] | None = None
     train: tuple[str, ...] | None = None
     rope_theta: Positive | None = None
     max_positions: Size | None = None
+    lora: LoraOptions | None = None
     optimizer: OptimizerOptions = OptimizerOptions()
     schedule: Schedule = Schedule()
     dtype: Dtype = "float32"
@@ -157,6 +164,8 @@ class TrainConfig(Config):
             raise ConfigError("TrainConfig.max_positions: more positions go with another rope_theta; set both")
         if self.train is not None and not self.train:
             raise ConfigError("TrainConfig.train: nothing is named, nothing is left to train")
+        if self.lora is not None and self.ranks.sharding == "fsdp":
+            raise ConfigError("TrainConfig.lora: adapters are not sharded; set ranks.sharding = 'zero1'")
         if self.packs is not None and self.data.pack_tokens is None:
             raise ConfigError("TrainConfig.packs: packs of how many tokens? set data.pack_tokens")
         if self.data.pack_tokens is not None and (self.micro_batch or self.micro_batch_tokens):

@@ -8,6 +8,7 @@ A run is found where its newest checkpoint says: in which stage, after which ste
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import random
@@ -29,6 +30,8 @@ from vlkit.training import run_checkpoint
 from vlkit.training.build import build_model, describe_model, enter_stage, fingerprint, freeze_parts, open_sources
 from vlkit.training.config import TrainConfig
 from vlkit.training.faults import Heartbeat, StopRequest, stop_on_signals
+from vlkit.training.lora import has_lora, merge_lora
+from vlkit.training.lora_files import save_adapter
 from vlkit.training.metrics import METRICS, Metrics, trim_metrics
 from vlkit.training.progress import Progress, Result
 from vlkit.training.ranks import Ranks, launched, lost_rank
@@ -119,8 +122,9 @@ class _Run:
             self.shapes, self.processor = describe_model(config)
             self.fingerprints = []
             for stage in self.stages:
-                self._prepare_shapes(self.shapes, stage)
-                self.fingerprints.append(fingerprint(stage.config, self.shapes, self.processor, stage.sources))
+                shapes = copy.deepcopy(self.shapes)
+                self._prepare_shapes(shapes, stage)
+                self.fingerprints.append(fingerprint(stage.config, shapes, self.processor, stage.sources))
         ranks.check_equal({"config": config.to_dict(), "stages": self.fingerprints}, "the ranks do not run the same")
         with self.alone(), ExitStack() as open_files:
             metrics = None
@@ -218,7 +222,9 @@ class _Run:
             model.requires_grad_(False)
 
         with random_states_kept():
-            return build_model(self.config, self.shapes, self.ranks, folder=folder, prepare=frozen).eval()
+            return build_model(
+                self.config, self.shapes, self.ranks, folder=folder, adapted=False, prepare=frozen
+            ).eval()
 
     def _prepare_shapes(self, model: VisionLanguageModel, stage: Stage) -> None:
         self._set_theta(model, stage)
@@ -410,6 +416,10 @@ def save_model(model: VisionLanguageModel, processor: Processor, folder: Path, r
         save_sharded(model, folder)
     with ranks.together():
         if ranks.first:
+            if has_lora(model):
+                save_adapter(model, folder / "adapter")
+                model = copy.deepcopy(model)
+                merge_lora(model)
             if not model.parts_are_sharded:
                 model.save_pretrained(folder)
             processor.save_pretrained(folder)
