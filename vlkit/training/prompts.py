@@ -38,13 +38,19 @@ def difficulties(source: _Sized) -> list[float]:
 
 
 class SuccessRates:
-    """How often every sample was answered, and how often rightly; equal on all ranks."""
+    """How often every sample was answered, and how often rightly; equal on all ranks.
+
+    Attributes:
+        changes: Rises whenever a rate may have changed.
+    """
 
     def __init__(self) -> None:
         self._counts: dict[str, list[int]] = {}
+        self.changes = 0
 
     def count(self, key: str, right: bool) -> None:
         """Take one answer in."""
+        self.changes += 1
         tries = self._counts.setdefault(key, [0, 0])
         tries[0] += 1
         tries[1] += bool(right)
@@ -58,6 +64,7 @@ class SuccessRates:
         return {"counts": {key: list(counts) for key, counts in self._counts.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.changes += 1
         self._counts = {key: [int(each) for each in counts] for key, counts in state["counts"].items()}
 
 
@@ -102,7 +109,8 @@ class CurriculumDraws:
         place = int(np.argmin(self._drawn[: self.open(progress)]))  # of equals the easiest
         epoch = int(self._drawn[place])
         self._drawn[place] += 1
-        return Draw(*self._keys[self._order[place]], epoch, progress, self.seed)
+        stream, index = self._keys[self._order[place]]
+        return Draw(stream, index, epoch, progress, self.seed)
 
     def told(self, draw: Draw, tokens: int) -> None:
         pass
@@ -132,19 +140,25 @@ class PrioritisedDraws:
     def __init__(self, sizes: Sequence[int], rates: SuccessRates, *, seed: int = 0) -> None:
         self._keys = _keys(sizes)
         self.rates, self.seed = rates, seed
+        self._known: tuple[int, np.ndarray] | None = None
         self._drawn = np.zeros(len(self._keys), dtype=np.int64)
 
     def next(self, progress: float) -> Draw:
-        weights = np.array([1 - self.rates.rate(f"{stream}/{index}") for stream, index in self._keys])
-        if not weights.any():
-            weights[:] = 1.0
-        ends = np.cumsum(weights)
+        ends = self._ends()
         words = np.random.SeedSequence(self.seed, spawn_key=(int(self._drawn.sum()),))
         at = np.random.Generator(np.random.PCG64(words)).random() * ends[-1]
         place = int(np.searchsorted(ends, at, side="right"))
         epoch = int(self._drawn[place])
         self._drawn[place] += 1
-        return Draw(*self._keys[place], epoch, progress, self.seed)
+        stream, index = self._keys[place]
+        return Draw(stream, index, epoch, progress, self.seed)
+
+    def _ends(self) -> np.ndarray:
+        """Where the part of every sample ends on a line; made anew when a rate has changed."""
+        if self._known is None or self._known[0] != self.rates.changes:
+            weights = np.array([1 - self.rates.rate(f"{stream}/{index}") for stream, index in self._keys])
+            self._known = self.rates.changes, np.cumsum(weights if weights.any() else np.ones(len(weights)))
+        return self._known[1]
 
     def told(self, draw: Draw, tokens: int) -> None:
         pass

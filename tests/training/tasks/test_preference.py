@@ -102,6 +102,17 @@ def test_pairs_are_measured_as_they_are_made() -> None:
         assert task.measure(sample, Draw(0, 0)) == (item.num_tokens, item.num_patches)
 
 
+def test_of_a_conversation_only_the_last_answer_is_compared() -> None:
+    first = [{"role": "user", "content": "hello"}, *said("old answer"), {"role": "user", "content": "and?"}]
+    item = make_task({"kind": "dpo"}).prepare(
+        {"messages": first, "chosen": said("yes"), "rejected": said("no")}, Draw(0, 0)
+    )
+    assert item.batch.labels is not None
+    decode = make_task({"kind": "dpo"}).setup.processor.decode
+    sides = item.batch.labels.split(list(item.batch.ids.layout.lengths))
+    assert [decode([label for label in side.tolist() if label >= 0]) for side in sides] == ["yes", "no"]
+
+
 def test_what_is_no_pair_is_refused() -> None:
     with pytest.raises(SampleError, match="a pair is expected"):
         make_task({"kind": "dpo"}).prepare({"messages": [{"role": "user", "content": "?"}], "answer": "1"}, Draw(0, 0))

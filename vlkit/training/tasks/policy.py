@@ -240,7 +240,7 @@ class MirrorDescent:
             old = segment_sum(known(items, "old", log_probs), layout)
             advantages = ours.new_tensor([item.extra["advantage"] for item in items])
             losses = mirror_descent_loss(ours, old, advantages, options.tau)
-            figures = {"log_ratio": (ours - old).detach().sum(), "entropy": entropy.detach().sum()}
+            figures: Figures = {"log_ratio": (ours - old).detach().sum(), "entropy": entropy.detach().sum()}
             return losses.sum() / max(totals["answers"], 1.0), figures
 
         loss, figures = model(batch, objective=objective).value

@@ -24,6 +24,7 @@ from vlkit.training.options import Factor
 from vlkit.training.reflection import as_prompt
 from vlkit.training.tasks.answers import learnt, log_probs_of, targets_of
 from vlkit.training.tasks.task import Draw, Figures, Item, Setup
+from vlkit.training.writing import Writer
 
 
 class DPOOptions(Config):
@@ -65,17 +66,17 @@ class Preference:
     resets_optimizer = False
 
     def __init__(self, options: DPOOptions | MPOOptions, setup: Setup) -> None:
-        self.options, self.setup = options, setup
+        self.options, self.setup, self.writer = options, setup, Writer.of(setup)
         self.shift = RewardShift()
 
     def prepare(self, sample: dict[str, Any], draw: Draw) -> Item:
-        return Item(
-            Batch.concat([self.setup.processor(*of, labels=True, tools=tools) for *of, tools in _sides(sample)])
-        )
+        sample, pixels = self.writer.drawn(sample, draw)
+        sides = [self.writer.batch(*of, tools=tools, max_pixels=pixels) for *of, tools in _sides(sample)]
+        return Item(Batch.concat(sides))
 
     def measure(self, sample: dict[str, Any], draw: Draw) -> tuple[int, int]:
-        processor = self.setup.processor
-        found = [processor.measure(*of, labels=True, tools=tools) for *of, tools in _sides(sample)]
+        sample, pixels = self.writer.drawn(sample, draw)
+        found = [self.writer.measure(*of, tools=tools, max_pixels=pixels) for *of, tools in _sides(sample)]
         return sum(tokens for tokens, _ in found), sum(patches for _, patches in found)
 
     def begin(self, items: list[Item], seed: int) -> tuple[list[list[Item]], dict[str, float]]:
@@ -115,7 +116,11 @@ class Preference:
             margin = rewards.margin.detach()
             # A tie is no success and no failure: at the start the policy is the reference.
             right = (margin > 0).sum() + 0.5 * (margin == 0).sum()
-            figures = {"accuracy": right, "margin": margin.sum(), "reward_chosen": rewards.chosen.detach().sum()}
+            figures: Figures = {
+                "accuracy": right,
+                "margin": margin.sum(),
+                "reward_chosen": rewards.chosen.detach().sum(),
+            }
             return found.total, figures
 
         loss, figures = model(batch, objective=objective).value
@@ -135,18 +140,17 @@ class Preference:
     def _rewards(self, answers: Tensor, items: list[Item]) -> Rewards:
         """Of [pairs, 2] log-probs of the answers under the policy."""
         reference = answers.new_tensor([item.extra["reference"] for item in items]).reshape(-1, 2)
-        return implicit_rewards(*answers.T, *reference.T, beta=self.options.beta)
+        return implicit_rewards(answers[:, 0], answers[:, 1], reference[:, 0], reference[:, 1], self.options.beta)
 
 
-def _sides(sample: dict[str, Any]) -> list[tuple[Any, Any, Any, Any]]:
-    """The two conversations of a pair, the chosen one first: messages, images, videos and tools.
-
-    No answer in the prompt is learnt.
+def _sides(sample: dict[str, Any]) -> list[tuple[list[Any], dict[str, Any]]]:
+    """The two conversations of a pair, the chosen one first, and what goes with each. No answer in the prompt is learnt.
 
     Raises:
         SampleError: The sample is no pair.
     """
     if "chosen" not in sample or "rejected" not in sample:
         raise SampleError("a pair is expected: 'messages', and the answers 'chosen' and 'rejected'")
-    prompt, beside = as_prompt(sample["messages"]), [sample.get(name) for name in ("images", "videos", "tools")]
-    return [([*prompt, *sample[side]], *beside) for side in ("chosen", "rejected")]
+    prompt = as_prompt(sample["messages"])
+    beside = {name: sample.get(name) for name in ("images", "videos", "tools")} | {"labels": True}
+    return [([*prompt, *sample[side]], beside) for side in ("chosen", "rejected")]
