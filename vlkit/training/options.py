@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from vlkit.config import AtLeast, AtMost, Config, Count, Positive, Size
 from vlkit.errors import ConfigError
+from vlkit.processing.labels import LabelRule
 
 PARTS = ("vision", "projector", "llm")
 Share = Annotated[float, AtLeast(0.0), AtMost(1.0)]
@@ -97,6 +98,11 @@ class DataSource(Config):
             0.2 and 0.8.
         corrupt: What happens to a sample that cannot be used: stop with its file and line, or leave it out and count it.
         max_tokens: A sample with more tokens is too long; None takes the decoder's positions, which are the limit in any case.
+        too_long: What happens to such a sample: it counts as one that cannot be used, it is left out and counted in any case,
+            or it is cut at its end, before an image rather than in it.
+        labels: What is learnt of a conversation.
+        images_first: How often the images of a conversation are moved to its front, with their numbers left in the text; from 0
+            to 1. See `vlkit.training.transforms`.
         pack_tokens: Samples are packed into rows of at most so many tokens, each row one forward.
         pack_patches: The same for patches of images.
         workers: Threads that prepare the next step's samples meanwhile; 0 prepares them in between.
@@ -109,6 +115,9 @@ class DataSource(Config):
     curriculum: tuple[Share, Share] | None = None
     corrupt: Literal["refuse", "skip"] = "refuse"
     max_tokens: Size | None = None
+    too_long: Literal["refuse", "skip", "cut"] = "refuse"
+    labels: LabelRule = LabelRule()
+    images_first: Share = 0.0
     pack_tokens: Size | None = None
     pack_patches: Size | None = None
     workers: Count = 1

@@ -18,6 +18,7 @@ from vlkit.objectives.weights import Normalise, token_weights
 from vlkit.packing import Batch
 from vlkit.training.options import Factor
 from vlkit.training.tasks.task import Draw, Figures, Item, Setup
+from vlkit.training.writing import Writer
 
 
 class NextTokenOptions(Config):
@@ -48,20 +49,15 @@ class NextToken:
     resets_optimizer = False
 
     def __init__(self, options: NextTokenOptions, setup: Setup) -> None:
-        self.options, self.processor = options, setup.processor
+        self.options, self.writer = options, Writer.of(setup)
 
     def prepare(self, sample: dict[str, Any], draw: Draw) -> Item:
-        return Item(
-            self.processor(
-                sample["messages"], sample.get("images"), sample.get("videos"), tools=sample.get("tools"), labels=True
-            )
-        )
+        sample, pixels = self.writer.drawn(sample, draw)
+        return Item(self.writer.batch(*_conversation(sample), tools=sample.get("tools"), max_pixels=pixels))
 
     def measure(self, sample: dict[str, Any], draw: Draw) -> tuple[int, int]:
-        tokens, patches = self.processor.measure(
-            sample["messages"], sample.get("images"), sample.get("videos"), tools=sample.get("tools"), labels=True
-        )
-        return tokens, patches
+        sample, pixels = self.writer.drawn(sample, draw)
+        return self.writer.measure(*_conversation(sample), tools=sample.get("tools"), max_pixels=pixels)
 
     def begin(self, items: list[Item], seed: int) -> tuple[list[list[Item]], dict[str, float]]:
         return [items], {}
@@ -126,6 +122,10 @@ class NextToken:
         """The sum of the weights of all tokens."""
         of = {"token": float, "sample": lambda count: float(count > 0), "square": math.sqrt}[self.options.normalise]
         return math.fsum(of(count) for item in items for count in num_targets(item.batch))
+
+
+def _conversation(sample: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    return sample["messages"], sample.get("images"), sample.get("videos")
 
 
 def num_targets(batch: Batch) -> list[int]:

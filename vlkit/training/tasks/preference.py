@@ -71,12 +71,12 @@ class Preference:
 
     def prepare(self, sample: dict[str, Any], draw: Draw) -> Item:
         sample, pixels = self.writer.drawn(sample, draw)
-        sides = [self.writer.batch(*of, tools=tools, max_pixels=pixels) for *of, tools in _sides(sample)]
+        sides = [self.writer.batch(side, **beside, max_pixels=pixels) for side, beside in _sides(sample)]
         return Item(Batch.concat(sides))
 
     def measure(self, sample: dict[str, Any], draw: Draw) -> tuple[int, int]:
         sample, pixels = self.writer.drawn(sample, draw)
-        found = [self.writer.measure(*of, tools=tools, max_pixels=pixels) for *of, tools in _sides(sample)]
+        found = [self.writer.measure(side, **beside, max_pixels=pixels) for side, beside in _sides(sample)]
         return sum(tokens for tokens, _ in found), sum(patches for _, patches in found)
 
     def begin(self, items: list[Item], seed: int) -> tuple[list[list[Item]], dict[str, float]]:
@@ -152,5 +152,5 @@ def _sides(sample: dict[str, Any]) -> list[tuple[list[Any], dict[str, Any]]]:
     if "chosen" not in sample or "rejected" not in sample:
         raise SampleError("a pair is expected: 'messages', and the answers 'chosen' and 'rejected'")
     prompt = as_prompt(sample["messages"])
-    beside = {name: sample.get(name) for name in ("images", "videos", "tools")} | {"labels": True}
+    beside = {name: sample.get(name) for name in ("images", "videos", "tools")}
     return [([*prompt, *sample[side]], beside) for side in ("chosen", "rejected")]
