@@ -169,3 +169,19 @@ def confined(folder: Path) -> Callable[[Any], Any]:
 def messages_of(sample: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     """All messages of a sample of any kind, in order; a caption has none."""
     return [message for name in ("messages", "chosen", "rejected") for message in sample.get(name, ())]
+
+
+def parts_of(message: Mapping[str, Any]) -> list[Any]:
+    """The parts of a message; a plain text is one. What is malformed has none, and is refused where it is written."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return list(content) if isinstance(content, list | tuple) else []
+
+
+def is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "image"
+
+
+def holds_image(message: Mapping[str, Any]) -> bool:
+    return not isinstance(message.get("content"), str) and any(is_image(part) for part in parts_of(message))

@@ -1,7 +1,6 @@
 """What happens to samples before they are batches, and to batches that are too long.
 
     sample --images_first--> the same with its images before its text
-    samples of one screenshot --join_groundings--> conversations of many turns that show it once
     batch --cut--> its first tokens, never part of an image
 
 All of it is a function of its arguments: what is drawn comes from the generator that is given.
@@ -9,9 +8,7 @@ All of it is a function of its arguments: what is drawn comes from the generator
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +17,7 @@ import torch
 from vlkit.errors import PlaceholderMismatchError, SequenceTooLongError
 from vlkit.packing import Batch, Layout, Packed
 from vlkit.processing import Processor
+from vlkit.training.samples import holds_image, is_image, parts_of
 
 Sample = dict[str, Any]
 
@@ -39,142 +37,31 @@ def images_first(
     """
     moved = bool(rng.random() < probability)
     messages = sample.get("messages", [])
-    front = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
+    front = next((index for index, message in enumerate(messages) if message.get("role") == "user"), None)
     if not moved or front is None or _lie_in_front(messages, front):
         return sample
     images: list[Any] = []
 
     def indexed(part: Any) -> Any:
-        if not _is_image(part):
+        if not is_image(part):
             return part
         images.append(part)
         return {"type": "text", "text": tag.replace("{number}", str(len(images)))}
 
     changed = [
-        {**message, "content": [indexed(part) for part in _parts(message)]} if _holds_image(message) else message
+        {**message, "content": [indexed(part) for part in parts_of(message)]} if holds_image(message) else message
         for message in messages
     ]
-    changed[front] = {**changed[front], "content": [*images, *_parts(changed[front])]}
+    changed[front] = {**changed[front], "content": [*images, *parts_of(changed[front])]}
     return {**sample, "messages": changed}
 
 
 def _lie_in_front(messages: Sequence[Mapping[str, Any]], front: int) -> bool:
     """Whether there are no images but for those that the first question begins with."""
-    kinds = [_is_image(part) for part in _parts(messages[front])]
+    kinds = [is_image(part) for part in parts_of(messages[front])]
     behind = kinds[kinds.index(False) :] if False in kinds else []
-    elsewhere = any(_holds_image(message) for index, message in enumerate(messages) if index != front)
+    elsewhere = any(holds_image(message) for index, message in enumerate(messages) if index != front)
     return not any(behind) and not elsewhere
-
-
-def _parts(message: Mapping[str, Any]) -> list[Any]:
-    content = message.get("content")
-    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
-
-
-def _is_image(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "image"
-
-
-def _holds_image(message: Mapping[str, Any]) -> bool:
-    return not isinstance(message.get("content"), str) and any(_is_image(part) for part in _parts(message))
-
-
-def join_groundings(
-    samples: Sequence[Sample],
-    rng: np.random.Generator,
-    *,
-    max_turns: int | None = None,
-    max_tokens: int | None = None,
-    measure: Callable[[Sample], int] | None = None,
-) -> list[Sample]:
-    """All questions about one image in one conversation, as long as it fits; the image is shown once.
-
-    Samples of one question with one image and one answer are joined with those that have the same image and the same messages
-    before it, in a new order, at the place of the first of them. All others stay where and as they are.
-
-    Args:
-        max_turns: Most answers of a conversation.
-        max_tokens: Most tokens of a conversation; a sample that has more stays alone.
-        measure: Tokens of a sample, for max_tokens; such as `Processor.measure` gives.
-
-    Raises:
-        ValueError: max_tokens without measure.
-
-    Source: Aguvis, arXiv:2412.04454, grounding stage; every answer sees the earlier ones.
-    """
-    if max_tokens is not None and measure is None:
-        raise ValueError("max_tokens needs measure, which says how many tokens a sample has")
-
-    def fits(group: Sequence[Sample]) -> bool:
-        if max_turns is not None and len(group) > max_turns:
-            return False
-        return max_tokens is None or measure is None or measure(joined(group)) <= max_tokens
-
-    result: list[Sample] = []
-    for members in grounding_groups(samples):
-        order = rng.permutation(len(members)) if len(members) > 1 else [0]
-        group: list[Sample] = []
-        for place in order:
-            sample = samples[members[place]]
-            if group and not fits([*group, sample]):
-                result.append(joined(group))
-                group = []
-            group.append(sample)
-        result.append(joined(group))
-    return result
-
-
-def grounding_groups(samples: Sequence[Sample]) -> list[list[int]]:
-    """The places of samples that can be one conversation, in the order of the first of each."""
-    groups: dict[Any, list[int]] = {}
-    for place, sample in enumerate(samples):
-        key = _screen(sample)
-        groups.setdefault(("alone", place) if key is None else key, []).append(place)
-    return list(groups.values())
-
-
-def joined(group: Sequence[Sample]) -> Sample:
-    """One conversation of samples about one image. A single sample stays as it is."""
-    if len(group) == 1:
-        return group[0]
-    first = group[0]
-    messages = [*first["messages"]]
-    for sample in group[1:]:
-        question, answer = sample["messages"][-2:]
-        messages += [{**question, "content": [part for part in _parts(question) if not _is_image(part)]}, answer]
-    return {**{key: value for key, value in first.items() if key != "id"}, "messages": messages}
-
-
-def _screen(sample: Sample) -> tuple[str, str] | None:
-    """What samples share that can be joined: the image and the messages before the question; None for other samples."""
-    others = {key for key, value in sample.items() if value} - {"messages", "images", "id"}
-    messages, beside = sample.get("messages", []), sample.get("images") or []
-    if others or len(messages) < 2 or len(beside) > 1:
-        return None
-    *before, question, answer = messages
-    if [question["role"], answer["role"]] != ["user", "assistant"] or any(each["role"] != "system" for each in before):
-        return None
-    visual = [
-        part
-        for each in (*before, question)
-        for part in _parts(each)
-        if isinstance(part, Mapping) and part.get("type") != "text"
-    ]
-    if len(visual) != 1 or not _is_image(visual[0]) or not _holds_image(question):
-        return None
-    source = beside[0] if beside else visual[0].get("image")
-    return None if source is None else (_name(source), json.dumps(before, sort_keys=True))
-
-
-def _name(source: Any) -> str:
-    """One text per image."""
-    if isinstance(source, Mapping):
-        source = source.get("path") if source.get("bytes") is None else source["bytes"]
-    if isinstance(source, str):
-        return f"path {source}"
-    if isinstance(source, bytes):
-        return f"sha256 {hashlib.sha256(source).hexdigest()}"
-    return f"object {id(source)}"
 
 
 def cut(batch: Batch, max_tokens: int, processor: Processor) -> Batch:
