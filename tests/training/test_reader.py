@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.training.samples import write_samples
-from vlkit.errors import ConfigError, ImageError, SampleError
+from vlkit.errors import ConfigError, ImageError, SampleError, SequenceTooLongError
 from vlkit.models.factory import create_processor
 from vlkit.packing import Batch
 from vlkit.training.mixture import Mixture
@@ -204,27 +204,33 @@ def test_a_progress_that_was_not_announced_is_answered_rightly() -> None:
             assert ahead.read(progress, upcoming) == plain.read(progress)
 
 
-def test_samples_over_a_limit_are_refused_or_left_out() -> None:
-    longest = 40
-    for way in WAYS:
-        with (
-            reader(way, limits=[(longest, "data.max_tokens = 40")], skip_corrupt=False) as strict,
-            pytest.raises(SampleError, match=r"line \d+: (not JSON|\d+ tokens, more than data\.max_tokens = 40)"),
-        ):
-            steps(strict, 0, 20)
-        source = Numbers(0, 31)
-        with Reader(
-            [source], Mixture([31], seed=3), prepare, limits=[(longest, "it")], skip_long=True, **WAYS[way]
-        ) as lenient:
-            shares = steps(lenient, 0, 20)
-        assert max(item.num_tokens for share in shares for item in share.items) <= longest
-        assert sum(share.corrupt for share in shares) > 0
-        source.truncated.add(5)
-        with (
-            Reader([source], Mixture([31], seed=3), prepare, skip_long=True, **WAYS[way]) as lenient,
-            pytest.raises(SampleError),
-        ):
-            steps(lenient, 0, 20)
+@pytest.mark.parametrize("way", WAYS)
+def test_samples_that_are_too_long_are_refused_or_left_out(way: str) -> None:
+    """Whatever happens to those that cannot be used for other reasons."""
+
+    def checked(make: Any) -> Any:
+        def made(sample: dict[str, Any], draw: Draw) -> Any:
+            if sample["tokens"] > 40:
+                raise SequenceTooLongError(f"{sample['tokens']} tokens, more than 40")
+            return make(sample, draw)
+
+        return made
+
+    source, values = Numbers(0, 31), {**WAYS[way], "measure": checked(measure)}
+
+    def shares(**options: Any) -> list[StepShare[Thing]]:
+        with Reader([source], Mixture([31], seed=3), checked(prepare), **values, **options) as found:
+            return steps(found, 0, 20)
+
+    with pytest.raises(SampleError, match=r"0\.jsonl, line \d+: \d+ tokens, more than 40"):
+        shares()
+    kept = shares(skip_long=True)
+    assert kept == shares(skip_corrupt=True)
+    assert max(item.num_tokens for share in kept for item in share.items) <= 40
+    assert sum(share.corrupt for share in kept) > 0
+    source.truncated.add(int(source.lengths.argmin()))
+    with pytest.raises(SampleError, match="the file ends before"):
+        shares(skip_long=True)
 
 
 def test_packs_without_a_usable_sample_end_in_an_error() -> None:

@@ -93,9 +93,8 @@ class Reader(Generic[ItemT]):
         micro_samples: Most samples of a forward, with `batch`.
         micro_tokens: Of a forward of more than one sample, with `batch`.
         micro_patches: The same.
-        limits: Most tokens of an item, and what says so: ((4096, "data.max_tokens"), ...).
-        skip_corrupt: Leave out samples that cannot be used; those over a limit too.
-        skip_long: Leave out samples over a limit.
+        skip_corrupt: Leave out samples that cannot be used.
+        skip_long: Leave out those that are too long: preparing or measuring them raises SequenceTooLongError.
         rank: Which part.
         num_ranks: Parts that a step is divided into.
         workers: Threads; 0 prepares a step when it is asked for.
@@ -119,7 +118,6 @@ class Reader(Generic[ItemT]):
         micro_samples: int | None = None,
         micro_tokens: int | None = None,
         micro_patches: int | None = None,
-        limits: Sequence[tuple[int, str]] = (),
         skip_corrupt: bool = False,
         skip_long: bool = False,
         rank: int = 0,
@@ -130,7 +128,7 @@ class Reader(Generic[ItemT]):
             raise ConfigError("a step is either batch samples or packs packs: give one of the two")
         if (packs is None) != (pack_tokens is None):
             raise ConfigError("steps of packs need pack_tokens, and only they do")
-        self.sources, self.draws, self.limits = sources, draws, limits
+        self.sources, self.draws = sources, draws
         self._make, self._measure = prepare, measure
         self._units = batch or packs or 1
         self._packer: StreamingPacker[list[Any]] | None = None
@@ -287,30 +285,18 @@ class Reader(Generic[ItemT]):
     def _measured(self, sample: dict[str, Any], draw: Draw) -> Cost:
         if self._measure is None:
             item = self._make(sample, draw)
-            cost = item.num_tokens, item.num_patches
-        else:
-            tokens, patches = self._measure(sample, draw)
-            cost = int(tokens), int(patches)
-        self._check_length(cost[0])
-        return cost
+            return item.num_tokens, item.num_patches
+        tokens, patches = self._measure(sample, draw)
+        return int(tokens), int(patches)
 
     def _made(self, sample: dict[str, Any], draw: Draw, cost: Cost | None) -> ItemT:
         item = self._make(sample, draw)
-        self._check_length(item.num_tokens)
         if cost is not None and (item.num_tokens > cost[0] or item.num_patches > cost[1]):
             raise SampleError(
                 f"{self.sources[draw.stream].where(draw.index)}: measured as {cost[0]} tokens and {cost[1]} patches, but it has "
                 f"{item.num_tokens} and {item.num_patches}; a file has changed, or `measure` does not belong to `prepare`"
             )
         return item
-
-    def _check_length(self, tokens: int) -> None:
-        for limit, name in self.limits:
-            if tokens > limit:
-                raise SequenceTooLongError(
-                    f"{tokens} tokens, more than {name}; cut the sample, or leave such samples out with "
-                    "data.corrupt = 'skip'"
-                )
 
     # Place
 
