@@ -152,6 +152,15 @@ def test_measuring_is_preparing_without_pixels() -> None:
         assert task.measure(sample, NoDraw()) == (item.num_tokens, item.num_patches)
 
 
+def test_images_follow_the_resolution_of_the_run() -> None:
+    """The same samples under a cap have fewer patches, and are measured so."""
+    small = make(resolution={"points": [[0.0, 300]]})
+    for sample, whole in zip(samples(), items_of(make()), strict=True):
+        item = small.prepare(sample, NoDraw())
+        assert item.num_patches < whole.num_patches
+        assert small.measure(sample, NoDraw()) == (item.num_tokens, item.num_patches)
+
+
 def on_ranks(rank: int, shares: tuple[tuple[int, ...], ...], exchange: str) -> Any:
     import torch.distributed as dist
 

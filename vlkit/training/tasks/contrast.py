@@ -24,7 +24,7 @@ from vlkit.config import Config, Size
 from vlkit.errors import PlaceholderMismatchError, SampleError
 from vlkit.llm.output import DecoderOutput
 from vlkit.models import VisionLanguageModel
-from vlkit.objectives.cross_entropy import chunked_cross_entropy
+from vlkit.objectives.caption import CAPTION_WEIGHT, caption_loss
 from vlkit.objectives.siglip import Exchange, repeated_pairs, siglip_loss
 from vlkit.packing import Batch, Layout, Packed
 from vlkit.training.contrast_heads import ContrastConfig, ContrastHeads
@@ -32,6 +32,7 @@ from vlkit.training.options import Factor
 from vlkit.training.tasks.answers import num_learnt, targets_of
 from vlkit.training.tasks.task import Draw, Figures, Item, Setup
 from vlkit.training.text_encoder import TextEncoderConfig
+from vlkit.training.writing import Writer
 
 
 class ContrastOptions(Config):
@@ -50,7 +51,7 @@ class ContrastOptions(Config):
         chunk: Images whose similarities exist at once; None for all of the rank.
     """
 
-    caption_weight: Factor = 2.0
+    caption_weight: Factor = CAPTION_WEIGHT
     dim: Size = 768
     pool_heads: Size = 12
     text_dim: Size = 768
@@ -75,7 +76,7 @@ class Contrast:
     resets_optimizer = False
 
     def __init__(self, options: ContrastOptions, setup: Setup) -> None:
-        self.options, self.setup = options, setup
+        self.options, self.setup, self.writer = options, setup, Writer.of(setup)
         vision, decoder = setup.model.config.vision, setup.model.config.llm
         config = ContrastConfig(
             image_dim=vision.out_dim,  # type: ignore[attr-defined]
@@ -94,12 +95,14 @@ class Contrast:
             self.modules = ContrastHeads(config).to(getattr(torch, setup.config.dtype))
 
     def prepare(self, sample: dict[str, Any], draw: Draw) -> Item:
-        batch = self.setup.processor(self._conversation(self._checked(sample)), labels=True)
+        conversation, pixels = self.writer.drawn(self._conversation(sample), draw)
+        batch = self.writer.batch(conversation["messages"], max_pixels=pixels)
         ids = self.setup.processor.tokenizer.encode(sample["text"])
         return Item(batch, {"ids": ids, "key": text_key(sample["text"])})
 
     def measure(self, sample: dict[str, Any], draw: Draw) -> tuple[int, int]:
-        return self.setup.processor.measure(self._conversation(self._checked(sample)), labels=True)
+        conversation, pixels = self.writer.drawn(self._conversation(sample), draw)
+        return self.writer.measure(conversation["messages"], max_pixels=pixels)
 
     def begin(self, items: list[Item], seed: int) -> tuple[list[list[Item]], dict[str, float]]:
         return [items], {}
@@ -129,15 +132,15 @@ class Contrast:
                 chunk=self.options.chunk,
                 ignore=repeated_pairs(keys, group=ranks.group),
             )
-            hidden = decoded.hidden.tokens
-            caption, _ = chunked_cross_entropy(hidden, head, targets, chunk=model.config.loss_chunk)
-            part = contrastive / ranks.size  # the mean over ranks is the loss, but what this gives is added up
-            loss = part + self.options.caption_weight * caption / max(totals["caption"], 1.0)
-            return loss, part, caption
+            contrastive = contrastive / ranks.size  # the mean over ranks is the loss, but parts are added up
+            hidden, chunk = decoded.hidden.tokens, model.config.loss_chunk
+            caption = caption_loss(hidden, head, targets, totals["caption"], chunk=chunk)
+            return contrastive + self.options.caption_weight * caption, contrastive, caption
 
         with output_of(model.vision) as features:
-            loss, part, caption = model(batch, objective=objective).value
-        return loss, {"contrastive": part.detach() * totals["contrastive"], "caption": caption.detach()}
+            loss, contrastive, caption = model(batch, objective=objective).value
+        parts = {"contrastive": contrastive, "caption": caption}
+        return loss, {name: part.detach() * totals[name] for name, part in parts.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -145,17 +148,14 @@ class Contrast:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
 
-    def _checked(self, sample: dict[str, Any]) -> dict[str, Any]:
+    def _conversation(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """The image, the prompt if there is one, and the text as the answer."""
         if "image" not in sample or "text" not in sample:
             raise SampleError("an image and its text are expected: {'image': ..., 'text': ...}")
-        return sample
-
-    def _conversation(self, sample: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The image, the prompt if there is one, and the text as the answer."""
         content: list[dict[str, Any]] = [{"type": "image", "image": sample["image"]}]
         if self.options.prompt:
             content.append({"type": "text", "text": self.options.prompt})
-        return [{"role": "user", "content": content}, {"role": "assistant", "content": sample["text"]}]
+        return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": sample["text"]}]}
 
     def _of_items(self, features: list[Packed], items: list[Item]) -> Packed:
         """The tower's features of the items' images; none of a blank image."""
