@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.training.test_transforms import DOCUMENT, image, rng, says
+from tests.training.conversations import DOCUMENT, image, rng, says
 from vlkit.errors import SampleError
 from vlkit.processing import Processor
 from vlkit.training.groundings import JoinedGroundings, join_groundings

@@ -9,33 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.training.conversations import DOCUMENT, image, rng, says
 from vlkit.errors import PlaceholderMismatchError, SequenceTooLongError
 from vlkit.packing import Batch
 from vlkit.processing import CHAT_FORMATS, ImageRule, Processor, ProcessorConfig, VideoRule
 from vlkit.training.transforms import cut, images_first
-
-
-def image(name: Any = None) -> dict[str, Any]:
-    return {"type": "image"} if name is None else {"type": "image", "image": name}
-
-
-def says(role: str, *parts: Any) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
-
-
-def rng(seed: int = 0) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(seed))
-
-
-DOCUMENT: dict[str, Any] = {
-    "messages": [
-        {"role": "system", "content": "Be brief."},
-        says("user", "first", image("a"), "second ", image(), image("a")),
-        {"role": "assistant", "content": "yes"},
-        says("user", image("c"), "and this?"),
-    ],
-    "images": ["b"],
-}
 
 
 def test_images_go_to_the_front_and_leave_their_index() -> None:
