@@ -154,6 +154,17 @@ def test_a_stream_goes_where_it_leaves_the_least_room_and_the_fullest_row_leaves
     assert packer.flush() == []
 
 
+def test_room_is_what_is_left_of_both_budgets() -> None:
+    """Beside b three tokens stay free and eight patches; beside a four tokens, but no patch: a is the fuller one."""
+    packer: StreamingPacker[str] = StreamingPacker(10, 10, open_rows=2)
+    assert packer.add("a", 5, 9) == packer.add("b", 6, 2) == packer.add("c", 1, 1) == []
+    assert [row["keys"] for row in packer.state_dict()["rows"]] == [["a", "c"], ["b"]]
+    assert packer.add("d", 9, 0) == [["a", "c"]]  # and leaves first
+    costs = [(60, 60), (10, 90), (10, 10)]  # the last is placed last; the second has no patch left with it
+    assert pack(costs, tokens=100, patches=100) == [[0, 2], [1]]
+    assert pack(costs, tokens=100, patches=100, method="best-fit") == [[0], [1, 2]]
+
+
 def test_what_is_saved_does_not_change_with_the_packer() -> None:
     packer: StreamingPacker[int] = StreamingPacker(10)
     packer.add(0, 3)
