@@ -44,5 +44,6 @@ def small_config(folder: Path, **changes: Any) -> TrainConfig:
         "optimizer": {"lr": 3e-3},
         "checkpoints": {"every": 5},
         "log_every": 1,
+        "picture": False,  # matplotlib takes as long as the run
     }
     return TrainConfig.from_dict({**values, **changes})

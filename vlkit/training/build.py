@@ -167,7 +167,7 @@ def make_draws(data: DataSource, sources: Sequence[SampleFiles], task: Task, *, 
         start, until = data.curriculum or (0.2, 0.8)
         return CurriculumDraws([difficulties(source) for source in sources], start=start, until=until, seed=seed)
     if data.draws == "prioritised":
-        rates = getattr(task, "rates", None)
+        rates = getattr(getattr(task, "rollouts", None), "rates", None)
         if not isinstance(rates, SuccessRates):
             raise ConfigError("data.draws = 'prioritised' needs an objective that judges answers, such as grpo")
         return PrioritisedDraws(sizes, rates, seed=seed)

@@ -99,6 +99,8 @@ class TrainConfig(Config):
         checkpoints: When the run is saved.
         log_every: Steps between lines of progress.
         tensorboard: Write event files too, into the folder `tensorboard` of the run.
+        picture: Draw loss, learning rates, fill and experts into `picture.svg` of the run at its end; needs matplotlib, and a
+            line says so where it is missing.
         max_skipped_steps: Steps in a row that change nothing, before the run stops: their gradients are not finite, or none of
             their samples has a supervised token.
         check_finite_every: Steps between looks at the output of every part of the model, which stop the run at the first that is
@@ -136,6 +138,7 @@ class TrainConfig(Config):
     checkpoints: CheckpointOptions = CheckpointOptions()
     log_every: Size = 10
     tensorboard: bool = False
+    picture: bool = True
     max_skipped_steps: Size = 10
     check_finite_every: Size | None = None
     keep_state: bool = False

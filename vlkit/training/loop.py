@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlkit.errors import CheckpointError, ConfigError, CorruptCheckpointError, RankError
+from vlkit.errors import CheckpointError, ConfigError, CorruptCheckpointError, MissingDependencyError, RankError
 from vlkit.models import VisionLanguageModel
 from vlkit.processing import Processor
 from vlkit.training import run_checkpoint
@@ -33,6 +33,7 @@ from vlkit.training.faults import Heartbeat, StopRequest, stop_on_signals
 from vlkit.training.lora import has_lora, merge_lora
 from vlkit.training.lora_files import save_adapter
 from vlkit.training.metrics import METRICS, Metrics, trim_metrics
+from vlkit.training.picture import draw_picture
 from vlkit.training.progress import Progress, Result
 from vlkit.training.ranks import Ranks, launched, lost_rank
 from vlkit.training.resume import check_groups, check_resumable, keep_state, run_state
@@ -154,13 +155,19 @@ class _Run:
             self.save(run)
             last = run.stage.number + 1 == len(self.stages)
             if run.stage.name:
-                self.save_stage(run.stage)
+                self.save_stage(run)
             if last:
                 break
             run = self.next_stage(run)
         self.heartbeat.now("saving the model")
         model = save_model(self.model, self.processor, self.folder / MODEL, self.ranks)
+        self.save_modules(run, model)
         self.say(f"saved {model}")
+        if self.ranks.first and self.config.picture:
+            try:
+                self.say(f"drew {draw_picture(self.folder)}")
+            except MissingDependencyError as missing:
+                self.say(str(missing))
         progress = self.progress
         if progress.corrupt_samples:
             self.say(
@@ -239,8 +246,9 @@ class _Run:
     def stage_folder(self, stage: Stage) -> Path:
         return self.folder / STAGES / f"{stage.number + 1}-{stage.name}"
 
-    def save_stage(self, stage: Stage) -> None:
+    def save_stage(self, run: StageRun) -> None:
         """The model that a stage ends with, whole or not at all."""
+        stage = run.stage
         self.heartbeat.now(f"saving the model of stage {stage.name}")
         folder = self.stage_folder(stage)
         partial = folder.with_name(f".{folder.name}.partial")
@@ -249,11 +257,19 @@ class _Run:
                 folder.parent.mkdir(exist_ok=True)
                 shutil.rmtree(partial, ignore_errors=True)
         save_model(self.model, self.processor, partial, self.ranks)
+        self.save_modules(run, partial)
         with self.ranks.together():
             if self.ranks.first:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.rename(partial, folder)
         self.say(f"saved {folder}")
+
+    def save_modules(self, run: StageRun, folder: Path) -> None:
+        """What the objective has trained beside the model, in a folder of its kind among the model's files."""
+        save = getattr(run.task.modules, "save_pretrained", None)
+        with self.ranks.together():
+            if save is not None and self.ranks.first:
+                save(folder / str((run.config.objective or {}).get("kind")))
 
     # What is kept
 

@@ -16,7 +16,19 @@ from typing import Any
 
 from vlkit.errors import ConfigError
 
-OF_THE_RUN = ("run", "model", "dtype", "compute_dtype", "seed", "device", "ranks", "lora", "tensorboard", "stages")
+OF_THE_RUN = (
+    "run",
+    "model",
+    "dtype",
+    "compute_dtype",
+    "seed",
+    "device",
+    "ranks",
+    "lora",
+    "tensorboard",
+    "picture",
+    "stages",
+)
 """Fields that no stage can change."""
 INSTEAD = (("steps", "epochs"), ("batch", "packs"), ("files", "streams"))
 """Fields that replace one another: a stage that gives one does without the other."""
