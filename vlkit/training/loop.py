@@ -204,6 +204,7 @@ class _Run:
             )
         enter_stage(self.model, stage.config)
         run = self.entered(stage)
+        run.take_modules(before)
         if stage.config.keep_state:
             kept = keep_state(before.optimizer, run.optimizer)
             self.say(f"stage {stage.name}: the optimizer's state of {kept} parameters is kept")

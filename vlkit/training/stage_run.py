@@ -127,6 +127,15 @@ class StageRun:
         self.place = self.reader.state_dict()
         self.task.load_state_dict(state.get("task", {}))
 
+    def take_modules(self, before: StageRun) -> None:
+        """Go on with the modules of the task of the stage before, where they are the same ones."""
+        theirs, ours = before.task.modules, self.task.modules
+        if theirs is None or ours is None or type(before.task) is not type(self.task):
+            return
+        state = theirs.state_dict()
+        if {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in ours.state_dict().items()}:
+            ours.load_state_dict(state)
+
     def steps(self, save: Callable[[StageRun], object]) -> bool:
         """Do the steps that are left.
 
@@ -258,7 +267,7 @@ class StageRun:
         config, data = self.config, self.config.data
         return pack_items(
             items,
-            tokens=data.pack_tokens or config.micro_batch_tokens,
+            tokens=config.micro_batch_tokens or data.pack_tokens,
             patches=data.pack_patches,
             most=config.micro_batch,
         )
