@@ -154,19 +154,22 @@ class Rollouts:
         return Judged(rewards, lengths, groups, masked, progress, own, figures)
 
     def _answers(self, prompts: list[Item], first: int, seed: int) -> list[list[Answer]]:
+        from vlkit.training.stage_run import autocast
+
         options, setup = self.options, self.setup
         found: list[list[Answer]] = []
         for begin in range(0, len(prompts), options.prompts_at_once):
             some = prompts[begin : begin + options.prompts_at_once]
             seeds = [answer_seeds(seed, first + begin + place, options.group) for place in range(len(some))]
-            found += sample_answers(
-                setup.model,
-                setup.processor,
-                [item.batch for item in some],
-                seeds,
-                max_new_tokens=options.max_new_tokens,
-                temperature=options.temperature,
-            )
+            with autocast(setup.config, setup.ranks.device, setup.model.parts_are_sharded):
+                found += sample_answers(
+                    setup.model,
+                    setup.processor,
+                    [item.batch for item in some],
+                    seeds,
+                    max_new_tokens=options.max_new_tokens,
+                    temperature=options.temperature,
+                )
         return found
 
     def _reward(self, answer: Answer, prompt: Item) -> float:
