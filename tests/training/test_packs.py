@@ -121,19 +121,24 @@ def test_a_budget_of_nothing_is_refused(budget: dict[str, int]) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(COSTS, st.integers(1, 50), BUDGET, st.integers(1, 4), st.integers(0, 30))
+@given(COSTS, st.integers(1, 50), BUDGET, st.integers(1, 4), st.integers(1, 30), st.integers(0, 30))
 def test_packs_of_a_stream_lose_nothing_and_keep_the_budget(
-    costs: list[tuple[int, int]], tokens: int, patches: int | None, open_rows: int, saved_at: int
+    costs: list[tuple[int, int]], tokens: int, patches: int | None, open_rows: int, patience: int, saved_at: int
 ) -> None:
-    """Also when the state is written and read on the way."""
-    packer: StreamingPacker[int] = StreamingPacker(tokens, patches, open_rows=open_rows)
+    """And they are the same when the state is written and read on the way."""
+
+    def new() -> StreamingPacker[int]:
+        return StreamingPacker(tokens, patches, open_rows=open_rows, patience=patience)
+
+    packer, other = new(), new()
     packs: list[list[int]] = []
     for key, (length, seen) in enumerate(costs):
         if key == saved_at:
             state = json.loads(json.dumps(packer.state_dict()))
-            packer = StreamingPacker(tokens, patches, open_rows=open_rows)
+            packer = new()
             packer.load_state_dict(state)
-        packs += packer.add(key, length, seen)
+        packs += (found := packer.add(key, length, seen))
+        assert found == other.add(key, length, seen)
         assert len(packer.state_dict()["rows"]) <= open_rows
     packs += packer.flush()
     assert sorted(itertools.chain(*packs)) == list(range(len(costs)))
@@ -141,6 +146,14 @@ def test_packs_of_a_stream_lose_nothing_and_keep_the_budget(
         assert keys == sorted(keys)
         assert len(keys) == 1 or not over([costs[i] for i in keys], tokens, patches)
     assert packer.fill == Fill.of([[costs[i] for i in keys] for keys in packs], tokens=tokens, patches=patches)
+
+
+def test_no_sample_of_a_stream_waits_for_ever() -> None:
+    """Nothing fits beside the first, and all that come later are fuller."""
+    packer: StreamingPacker[int] = StreamingPacker(100, open_rows=3, patience=20)
+    packs = [pack for key, tokens in enumerate([51] + [60] * 40) for pack in packer.add(key, tokens)]
+    assert packs.index([0]) + 4 == 22  # of 3 rows that wait; it is gone with the sample after its 20th
+    assert packs[:3] == [[1], [2], [3]]
 
 
 def test_a_stream_goes_where_it_leaves_the_least_room_and_the_fullest_row_leaves() -> None:
@@ -170,7 +183,8 @@ def test_what_is_saved_does_not_change_with_the_packer() -> None:
     packer.add(0, 3)
     state = packer.state_dict()
     packer.add(1, 3)
-    assert state["rows"] == [{"keys": [0], "tokens": 3, "patches": 0}]
+    assert state["rows"] == [{"keys": [0], "tokens": 3, "patches": 0, "begun": 1}]
+    assert state["samples"] == 1
     with pytest.raises(ConfigError, match="filled for 10 tokens and None patches, and now the budget is 12 and None"):
         StreamingPacker(12).load_state_dict(state)
 

@@ -164,11 +164,12 @@ class Fill(NamedTuple):
 
 
 class _Row(Generic[Key]):
-    """A pack that is being filled: its samples and what they cost."""
+    """A pack that is being filled: its samples, what they cost, and how many samples there were before its first."""
 
-    def __init__(self) -> None:
+    def __init__(self, begun: int) -> None:
         self.keys: list[Key] = []
         self.tokens = self.patches = 0
+        self.begun = begun
 
     def add(self, key: Key, tokens: int, patches: int) -> None:
         self.keys.append(key)
@@ -180,19 +181,22 @@ class StreamingPacker(Generic[Key]):
     """Fills packs as samples come, with a bounded number of packs open.
 
     A sample goes into the open row where it fits and leaves the least room, else into a new one. A row without a free token
-    is finished; so is the fullest when there are more than `open_rows`. One sample over a budget alone is a pack at once.
+    is finished; so is the fullest when there are more than `open_rows`, or the oldest if it has waited for more than `patience`
+    samples: else what nothing fits beside would wait for ever. One sample over a budget alone is a pack at once.
     Room is the tokens left times the patches left: a row that is full by either has none.
 
     Args:
         tokens: Of a pack.
         patches: Of a pack; None for any number.
         open_rows: Most packs that wait for more.
+        patience: See above.
     """
 
-    def __init__(self, tokens: int, patches: int | None = None, *, open_rows: int = 32) -> None:
+    def __init__(self, tokens: int, patches: int | None = None, *, open_rows: int = 32, patience: int = 500) -> None:
         _check_budgets(tokens, patches, open_rows)
-        self.tokens, self.patches, self.open_rows = tokens, patches, open_rows
-        self._rows: list[_Row[Key]] = []
+        self.tokens, self.patches, self.open_rows, self.patience = tokens, patches, open_rows, patience
+        self._rows: list[_Row[Key]] = []  # the oldest first
+        self._count = 0  # of all samples
         self.fill = Fill()
 
     def add(self, key: Key, tokens: int, patches: int = 0) -> list[list[Key]]:
@@ -205,22 +209,25 @@ class StreamingPacker(Generic[Key]):
             Packs that are finished now: the keys of each in the order in which they came.
         """
         row: _Row[Key]
+        self._count += 1
         if tokens > self.tokens or (self.patches is not None and patches > self.patches):
-            row = _Row()
+            row = _Row(self._count)
             row.add(key, tokens, patches)
             return [self._finished(row)]
         fitting = [row for row in self._rows if self._room(row, tokens, patches) is not None]
         if fitting:
             row = min(fitting, key=lambda row: self._room(row, tokens, patches) or 0)  # of equal ones the oldest
         else:
-            row = _Row()
+            row = _Row(self._count)
             self._rows.append(row)
         row.add(key, tokens, patches)
         if row.tokens == self.tokens:
             return [self._close(row)]
-        if len(self._rows) > self.open_rows:
-            return [self._close(min(self._rows, key=lambda row: self._room(row, 0, 0) or 0))]
-        return []
+        if len(self._rows) <= self.open_rows:
+            return []
+        if self._count - self._rows[0].begun > self.patience:
+            return [self._close(self._rows[0])]
+        return [self._close(min(self._rows, key=lambda row: self._room(row, 0, 0) or 0))]
 
     def flush(self) -> list[list[Key]]:
         """Finish all open rows, the oldest first."""
@@ -228,8 +235,16 @@ class StreamingPacker(Generic[Key]):
 
     def state_dict(self) -> dict[str, Any]:
         """The open rows, and the fill so far."""
-        rows = [{"keys": list(row.keys), "tokens": row.tokens, "patches": row.patches} for row in self._rows]
-        return {"budget": [self.tokens, self.patches], "rows": rows, "fill": list(self.fill)}
+        rows = [
+            {"keys": list(row.keys), "tokens": row.tokens, "patches": row.patches, "begun": row.begun}
+            for row in self._rows
+        ]
+        return {
+            "budget": [self.tokens, self.patches],
+            "rows": rows,
+            "samples": self._count,
+            "fill": list(self.fill),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state.
@@ -244,9 +259,10 @@ class StreamingPacker(Generic[Key]):
             )
         self._rows = []
         for saved in state["rows"]:
-            row: _Row[Key] = _Row()
+            row: _Row[Key] = _Row(saved["begun"])
             row.keys, row.tokens, row.patches = list(saved["keys"]), saved["tokens"], saved["patches"]
             self._rows.append(row)
+        self._count = state["samples"]
         self.fill = Fill(*state["fill"])
 
     def _room(self, row: _Row[Key], tokens: int, patches: int) -> int | None:
