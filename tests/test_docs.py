@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ QUOTING = ["docs/adding-a-model.md"]
 FAMILIES = sorted(f"docs/families/{page.name}" for page in ROOT.glob("docs/families/*.md"))
 
 
-def blocks(page: str) -> list[str]:
+def blocks(page: str, language: str = "python") -> list[str]:
     return re.findall(
-        r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+        rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
     )
 
 
@@ -38,6 +39,28 @@ def test_code_of_family_pages_runs(page: str, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     for block in blocks(page):
         exec(compile(block, page, "exec"), {"__name__": "docs"})
+
+
+def test_code_of_the_training_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks are one program."""
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "docs"}
+    for block in blocks("docs/training.md"):
+        exec(compile(block, "docs/training.md", "exec"), names)
+
+
+@pytest.mark.parametrize("page", ["docs/training.md", "docs/distributed.md"])
+def test_configs_of_pages_are_configs(page: str) -> None:
+    """With what they leave out: a model, data, a length."""
+    from vlkit.training import TrainConfig
+
+    for block in blocks(page, "toml"):
+        values = tomllib.loads(block)
+        data = values.pop("data", {})
+        files = {} if "streams" in data else {"files": ["train.jsonl"]}
+        base = {"run": "runs/docs", "model": {"name": "kimi-vl-tiny"}, "steps": 100}
+        config = TrainConfig.from_dict({**base, **values, "data": {**files, **data}})
+        assert config.resolved_stages()
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*/*.md")), ids=lambda p: p.name)
