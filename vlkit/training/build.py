@@ -18,6 +18,7 @@ from vlkit.optim import Muon, freeze, muon_param_groups
 from vlkit.processing import Processor
 from vlkit.registry import component
 from vlkit.training.config import TrainConfig
+from vlkit.training.groundings import JoinedGroundings
 from vlkit.training.lora import add_lora, is_adapter
 from vlkit.training.mixture import Mixture
 from vlkit.training.options import DataSource, ModelSource
@@ -27,7 +28,7 @@ from vlkit.training.ranks import Ranks
 from vlkit.training.reader import Reader
 from vlkit.training.recompute import checkpoint_blocks
 from vlkit.training.rope_theta import set_rope_theta
-from vlkit.training.sources import SampleFiles, open_source
+from vlkit.training.sources import Source, open_source
 from vlkit.training.tasks.task import Draw, Item, Task
 
 TASK = "task"
@@ -151,12 +152,23 @@ def trained_parts(
     return whole
 
 
-def open_sources(config: TrainConfig) -> tuple[SampleFiles, ...]:
+def open_sources(config: TrainConfig, processor: Processor) -> tuple[Source, ...]:
     """The samples of every stream."""
-    return tuple(open_source(files) for files in ([s.files for s in config.data.streams] or [config.data.files]))
+    data = config.data
+    sources = tuple(open_source(files) for files in ([s.files for s in data.streams] or [data.files]))
+    if not data.join_groundings:
+        return sources
+
+    def num_tokens(sample: dict[str, Any]) -> int:
+        images, videos, tools = (sample.get(name) for name in ("images", "videos", "tools"))
+        return processor.measure(sample["messages"], images, videos, tools=tools, labels=data.labels).tokens
+
+    return tuple(
+        JoinedGroundings(source, seed=config.seed, max_tokens=data.max_tokens, measure=num_tokens) for source in sources
+    )
 
 
-def make_draws(data: DataSource, sources: Sequence[SampleFiles], task: Task, *, seed: int) -> Draws:
+def make_draws(data: DataSource, sources: Sequence[Source], task: Task, *, seed: int) -> Draws:
     """What is drawn next.
 
     Raises:
@@ -176,7 +188,7 @@ def make_draws(data: DataSource, sources: Sequence[SampleFiles], task: Task, *, 
 
 def make_reader(
     config: TrainConfig,
-    sources: Sequence[SampleFiles],
+    sources: Sequence[Source],
     task: Task,
     model: VisionLanguageModel,
     ranks: Ranks,
@@ -220,7 +232,7 @@ def make_reader(
 
 
 def fingerprint(
-    config: TrainConfig, model: VisionLanguageModel, processor: Processor, sources: Sequence[SampleFiles]
+    config: TrainConfig, model: VisionLanguageModel, processor: Processor, sources: Sequence[Source]
 ) -> dict[str, Any]:
     """What has to be the same on all ranks, and when the run is resumed; as JSON."""
     parameters = [

@@ -114,13 +114,12 @@ class _Run:
 
     def go(self, resume: bool) -> Result:
         config, ranks = self.config, self.ranks
-        self.heartbeat.now("reading the data files")
-        with ranks.together():
-            self.stages = _opened(config)
-        self.total = self.stages[-1].before + self.stages[-1].steps
-        self.heartbeat.now("building the model")
+        self.heartbeat.now("describing the model")
         with ranks.together():
             self.shapes, self.processor = describe_model(config)
+            self.heartbeat.now("reading the data files")
+            self.stages = _opened(config, self.processor)
+            self.total = self.stages[-1].before + self.stages[-1].steps
             self.fingerprints = []
             for stage in self.stages:
                 shapes = copy.deepcopy(self.shapes)
@@ -381,14 +380,17 @@ class _Once:
         return self._made
 
 
-def _opened(config: TrainConfig) -> list[Stage]:
+def _opened(config: TrainConfig, processor: Processor) -> list[Stage]:
     """The stages with their data; files that several of them read are opened once."""
     stages: list[Stage] = []
     known: dict[Any, Any] = {}
     for number, (name, own) in enumerate(config.resolved_stages()):
-        key = own.data.files, tuple(stream.files for stream in own.data.streams)
+        data = own.data
+        key: tuple[Any, ...] = data.files, tuple(stream.files for stream in data.streams)
+        if data.join_groundings:
+            key += own.seed, data.max_tokens, data.labels
         if key not in known:
-            known[key] = open_sources(own)
+            known[key] = open_sources(own, processor)
         sources = known[key]
         steps = own.steps or math.ceil((own.epochs or 0) * len(sources[0]) / own.batch)
         before = stages[-1].before + stages[-1].steps if stages else 0

@@ -101,6 +101,7 @@ class DataSource(Config):
         too_long: What happens to such a sample: it counts as one that cannot be used, it is left out and counted in any case,
             or it is cut at its end, before an image rather than in it.
         labels: What is learnt of a conversation.
+        join_groundings: Questions about one image become one conversation of at most `max_tokens` tokens, which shows it once.
         images_first: How often the images of a conversation are moved to its front, with their numbers left in the text; from 0
             to 1. See `vlkit.training.transforms`.
         pack_tokens: Samples are packed into rows of at most so many tokens, each row one forward.
@@ -117,6 +118,7 @@ class DataSource(Config):
     max_tokens: Size | None = None
     too_long: Literal["refuse", "skip", "cut"] = "refuse"
     labels: LabelRule = LabelRule()
+    join_groundings: bool = False
     images_first: Share = 0.0
     pack_tokens: Size | None = None
     pack_patches: Size | None = None
@@ -135,6 +137,8 @@ class DataSource(Config):
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"DataSource.streams: two streams are called {name!r}")
+        if self.join_groundings and self.max_tokens is None:
+            raise ConfigError("DataSource.join_groundings: conversations are joined up to max_tokens; set it")
         if self.pack_patches is not None and self.pack_tokens is None:
             raise ConfigError("DataSource.pack_patches: packs are limited by tokens too; set pack_tokens")
 

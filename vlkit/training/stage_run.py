@@ -36,7 +36,7 @@ from vlkit.training.metrics import Metrics
 from vlkit.training.progress import Done, Progress
 from vlkit.training.ranks import Ranks
 from vlkit.training.reader import Reader, StepShare, pack_items
-from vlkit.training.sources import SampleFiles
+from vlkit.training.sources import Source
 from vlkit.training.tasks.task import Item, Setup
 from vlkit.training.update import Sums, all_totals, backward
 
@@ -57,7 +57,7 @@ class Stage:
     number: int
     name: str
     config: TrainConfig
-    sources: tuple[SampleFiles, ...]
+    sources: tuple[Source, ...]
     steps: int
     before: int
 
