@@ -44,11 +44,7 @@ def test_of_the_better_side_only_the_answer_is_learnt() -> None:
     sample = positive({**reflection_pair(TASK, STEPS, 1, "go back"), "id": 7})
     assert check_sample(sample, "here") == "conversation"
     assert sample["id"] == 7
-    assert [message.get("loss") for message in sample["messages"] if message["role"] == "assistant"] == [
-        False,
-        False,
-        None,
-    ]
+    assert [message.get("loss") for message in sample["messages"]] == [False] * (len(sample["messages"]) - 1) + [None]
     assert sample["messages"][-1] == {"role": "assistant", "content": "go back"}
 
 

@@ -73,8 +73,8 @@ def positive(pair: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_prompt(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages of which no answer is learnt."""
-    return [{**message, "loss": False} if message.get("role") == "assistant" else dict(message) for message in messages]
+    """Messages of which nothing is learnt, whatever rule says what is."""
+    return [{**message, "loss": False} for message in messages]
 
 
 def _pair(task: Sequence[Mapping[str, Any]], steps: Sequence[Step], at: int, better: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tests.ranks import run_ranks
@@ -238,7 +239,7 @@ def _begun(rank: int, objective: dict[str, Any], counts: list[int]) -> list[Any]
     task = make(objective, among=ranks)
     mine = range(sum(counts[:rank]), sum(counts[: rank + 1]))
     items = [task.prepare(questions(4)[i], Draw(0, i)) for i in mine]
-    updates, told = task.begin(items, 100 + rank)
+    updates, told = task.begin(items, 100)
     plain = [[(item.batch.ids.tokens.tolist(), item.extra["advantage"]) for item in update] for update in updates]
     return [plain, told, json.dumps(task.state_dict())]
 
@@ -269,6 +270,23 @@ def test_a_rank_without_prompts_gives_every_parameter_a_gradient_of_zero(objecti
     assert not any(grad.any() for grad in found.values())
 
 
+def test_prompts_are_measured_and_shown_as_the_run_says() -> None:
+    """Images first, and no more pixels than the schedule of the resolution gives."""
+    image = Image.new("RGB", (84, 56))
+    content = [{"type": "text", "text": "what?"}, {"type": "image", "image": image}]
+    sample = {"messages": [{"role": "user", "content": content}], "answer": "1"}
+    plain = make(GRPO)
+    small = make(GRPO, data={"files": ["unused"], "images_first": 1.0}, resolution={"points": [[0.0, 28 * 28]]})
+    for task in (plain, small):
+        item = task.prepare(sample, Draw(0, 0))
+        assert task.measure(sample, Draw(0, 0)) == (item.num_tokens, item.num_patches)
+        assert item.extra["sample"] is sample
+    before, after = (task.prepare(sample, Draw(0, 0)) for task in (plain, small))
+    assert after.num_patches < before.num_patches
+    text = plain.setup.processor.decode(after.batch.ids.tokens.tolist())
+    assert text != plain.setup.processor.decode(before.batch.ids.tokens.tolist())
+
+
 def test_mistakes_are_named() -> None:
     with pytest.raises(ConfigError, match="no verifier 'lettrs'"):
         make({**GRPO, "verifier": "lettrs"})
@@ -279,5 +297,11 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ConfigError, match="missing tau"):
         make({key: value for key, value in MIRROR.items() if key != "tau"})
     task = make({**GRPO, "max_new_tokens": 5000})
-    with pytest.raises(SequenceTooLongError, match="max_new_tokens = 5000 pass the 4096 positions"):
+    with pytest.raises(SequenceTooLongError, match="positions of the decoder leave with max_new_tokens = 5000"):
         prepared(task, questions(1))
+    data = {"files": ["unused"], "max_tokens": 3}
+    with pytest.raises(SequenceTooLongError, match=r"longer than the 3 that data\.max_tokens allows"):
+        make(GRPO, data=data).measure(questions(1)[0], Draw(0, 0))
+    for given in ({"labels": {"turns": "last"}}, {"too_long": "cut"}):
+        with pytest.raises(ConfigError, match="learn all of them and cut no prompt"):
+            make(GRPO, data={"files": ["unused"], **given})

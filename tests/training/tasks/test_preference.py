@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn.functional import logsigmoid
 
 from tests.training.tasks.setups import gradients, joined, make_task, model_of, prepared, token_log_probs
-from vlkit.errors import SampleError
+from vlkit.errors import ConfigError, SampleError
 from vlkit.training.order import Draw
 from vlkit.training.update import blank_batch
 
@@ -102,17 +102,19 @@ def test_pairs_are_measured_as_they_are_made() -> None:
         assert task.measure(sample, Draw(0, 0)) == (item.num_tokens, item.num_patches)
 
 
-def test_of_a_conversation_only_the_last_answer_is_compared() -> None:
+@pytest.mark.parametrize("rule", [{}, {"turns": "last"}])
+def test_of_a_conversation_only_the_last_answer_is_compared(rule: dict[str, Any]) -> None:
+    task = make_task({"kind": "dpo"}, data={"files": ["unused"], "labels": rule})
     first = [{"role": "user", "content": "hello"}, *said("old answer"), {"role": "user", "content": "and?"}]
-    item = make_task({"kind": "dpo"}).prepare(
-        {"messages": first, "chosen": said("yes"), "rejected": said("no")}, Draw(0, 0)
-    )
+    item = task.prepare({"messages": first, "chosen": said("yes"), "rejected": said("no")}, Draw(0, 0))
     assert item.batch.labels is not None
-    decode = make_task({"kind": "dpo"}).setup.processor.decode
     sides = item.batch.labels.split(list(item.batch.ids.layout.lengths))
-    assert [decode([label for label in side.tolist() if label >= 0]) for side in sides] == ["yes", "no"]
+    texts = [task.setup.processor.decode([label for label in side.tolist() if label >= 0]) for side in sides]
+    assert [text.strip() for text in texts] == ["yes", "no"]
 
 
 def test_what_is_no_pair_is_refused() -> None:
     with pytest.raises(SampleError, match="a pair is expected"):
         make_task({"kind": "dpo"}).prepare({"messages": [{"role": "user", "content": "?"}], "answer": "1"}, Draw(0, 0))
+    with pytest.raises(ConfigError, match="pairs compare answers"):
+        make_task({"kind": "dpo"}, data={"files": ["unused"], "labels": {"on": "all"}})

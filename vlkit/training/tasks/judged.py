@@ -17,11 +17,13 @@ from vlkit.config import Config, Positive, Size
 from vlkit.errors import ConfigError, SequenceTooLongError
 from vlkit.objectives.policy import informative
 from vlkit.optim.agree import gather_json
+from vlkit.processing.labels import LabelRule
 from vlkit.training.prompts import SuccessRates
 from vlkit.training.rollouts import Answer, answer_batch, answer_seeds, sample_answers
 from vlkit.training.tasks.answers import num_learnt
 from vlkit.training.tasks.task import Draw, Item, Setup
 from vlkit.training.verify import find_verifier, judged
+from vlkit.training.writing import Writer
 
 
 class RolloutOptions(Config):
@@ -82,38 +84,59 @@ class Rollouts:
         rates: How often each sample was answered rightly, for draws by success.
 
     Raises:
-        ConfigError: An unknown verifier, or a model whose weights are divided over ranks: it cannot generate.
+        ConfigError: An unknown verifier, options of the data that do not reach prompts, or a model whose weights are divided
+            over ranks: it cannot generate.
     """
 
     def __init__(self, options: RolloutOptions, setup: Setup) -> None:
-        self.options, self.setup = options, setup
+        self.options, self.setup, self.writer = options, setup, Writer.of(setup)
         self.verifier = find_verifier(options.verifier, setup.verifiers)
         self.rates = SuccessRates()
-        if setup.config.ranks.sharding == "fsdp":
+        config, positions = setup.config, setup.model.llm.config.max_positions
+        if config.ranks.sharding == "fsdp":
             raise ConfigError(
                 "objectives that draw answers need whole weights on every rank: set ranks.sharding = 'zero1'"
             )
+        if config.data.labels != LabelRule() or config.data.too_long == "cut":
+            raise ConfigError(
+                "objectives that draw answers learn all of them and cut no prompt: leave out data.labels, and set "
+                "data.too_long to 'refuse' or 'skip'"
+            )
+        self.limits = [(config.data.max_tokens, "data.max_tokens allows")] if config.data.max_tokens else []
+        if positions:
+            name = f"the {positions} positions of the decoder leave with max_new_tokens = {options.max_new_tokens}"
+            self.limits.append((positions - options.max_new_tokens, name))
 
     def prepare(self, sample: dict[str, Any], draw: Draw) -> Item:
-        """The prompt, ending where the answer begins."""
-        batch = self.setup.processor(*_prompt(sample), tools=sample.get("tools"))
-        tokens, limit = batch.ids.layout.num_tokens, self.setup.model.llm.config.max_positions
-        if tokens + self.options.max_new_tokens > limit:
-            raise SequenceTooLongError(
-                f"a prompt of {tokens} tokens and max_new_tokens = {self.options.max_new_tokens} pass the {limit} positions "
-                "of the decoder; shorten one of them, or leave such samples out with data.corrupt = 'skip'"
-            )
+        """The prompt, ending where the answer begins.
+
+        Raises:
+            SequenceTooLongError: It leaves no room for an answer.
+        """
+        shown, pixels = self.writer.drawn(sample, draw)
+        batch = self.setup.processor(*_prompt(shown), tools=shown.get("tools"), max_pixels=pixels)
+        self._check_length(batch.ids.layout.num_tokens)
         key = f"{getattr(draw, 'stream', 0)}/{getattr(draw, 'index', 0)}"
         return Item(batch, {"sample": sample, "key": key, "progress": draw.progress})
 
     def measure(self, sample: dict[str, Any], draw: Draw) -> tuple[int, int]:
-        tokens, patches = self.setup.processor.measure(*_prompt(sample), tools=sample.get("tools"))
+        """Tokens and patches of the prompt."""
+        shown, pixels = self.writer.drawn(sample, draw)
+        tokens, patches = self.setup.processor.measure(*_prompt(shown), tools=shown.get("tools"), max_pixels=pixels)
+        self._check_length(tokens)
         return tokens, patches
+
+    def _check_length(self, tokens: int) -> None:
+        for limit, name in self.limits:
+            if tokens > limit:
+                raise SequenceTooLongError(
+                    f"a prompt of {tokens} tokens is longer than the {limit} that {name}; shorten one of them, or leave such "
+                    "prompts out with data.too_long = 'skip'"
+                )
 
     def judge(self, prompts: list[Item], seed: int) -> Judged:
         """Collective. Answers to this rank's prompts, and the rewards of all."""
         ranks, options = self.setup.ranks, self.options
-        seed = int(ranks.from_first(seed))
         counts = [count for (count,) in ranks.gather(len(prompts))]
         first = sum(counts[: ranks.rank])
         rows: list[list[Any]] = []

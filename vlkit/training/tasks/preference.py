@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlkit.config import Config, Positive
-from vlkit.errors import SampleError
+from vlkit.errors import ConfigError, SampleError
 from vlkit.llm.output import DecoderOutput
 from vlkit.models import VisionLanguageModel
 from vlkit.objectives.log_probs import token_log_probs
@@ -59,6 +59,9 @@ class Preference:
 
     The running mean of BCO takes in all pairs of a step, those of all ranks, under the policy before the step, and does so
     before the step's loss: it depends neither on packs nor on ranks. Where BCO has a weight, that costs a forward.
+
+    Raises:
+        ConfigError: The data's labels are to be of prompts too.
     """
 
     modules = None
@@ -68,6 +71,8 @@ class Preference:
     def __init__(self, options: DPOOptions | MPOOptions, setup: Setup) -> None:
         self.options, self.setup, self.writer = options, setup, Writer.of(setup)
         self.shift = RewardShift()
+        if setup.config.data.labels.on == "all":
+            raise ConfigError("pairs compare answers, not their prompts: data.labels.on = 'all' does not go with them")
 
     def prepare(self, sample: dict[str, Any], draw: Draw) -> Item:
         sample, pixels = self.writer.drawn(sample, draw)
