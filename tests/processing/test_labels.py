@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from vlkit.errors import ConfigError, TemplateError
-from vlkit.processing import CHAT_FORMATS, ByteTokenizer, ChatFormat, LabelRule, Processor, ProcessorConfig, Turn
+from vlkit.processing import (
+    CHAT_FORMATS,
+    ByteTokenizer,
+    ChatFormat,
+    ImageRule,
+    LabelRule,
+    Processor,
+    ProcessorConfig,
+    Turn,
+    VideoRule,
+)
 from vlkit.processing.chat import Text
 from vlkit.processing.encoding import encode_pieces
 from vlkit.processing.special_tokens import SpecialTokens
@@ -218,6 +228,11 @@ def test_control_tokens_are_learnt_everywhere_as_aguvis_does_id_by_id() -> None:
         id if id == line or label != -100 else -100 for id, label in zip(ids, ours, strict=True)
     ]
     assert published.tolist() != ours
+    opened = made(messages, labels=LabelRule(anywhere=("<|im_start|>",))).labels
+    assert opened is not None
+    assert [place for place, label in enumerate(opened.tolist()) if label == start] == [
+        place for place, id in enumerate(ids) if id == start and place > 0
+    ]
     last = made(messages, labels=LabelRule(special="everywhere", turns="last")).labels
     assert last is not None
     assert last.tolist()[-len(expected[-1][0]) :] == expected[-1][0]
@@ -261,6 +276,23 @@ def test_a_token_of_a_person_and_the_format_is_not_learnt(question: str, expecte
         None if label != -100 else Pairs().decode([id]).encode() for id, label in zip(ids, labels, strict=True)
     ] == expected
     assert ids == Pairs().encode(f"user\n{question}\nab")
+
+
+def test_a_token_of_two_texts_is_learnt_where_both_are() -> None:
+    for label, other in ((False, True), (True, False)):
+        ids, labels = encode_pieces([Text("xy"), Text("ab\n", label=label), Text("\ncd", label=other)], Pairs())
+        assert [Pairs().decode([id]) for id in ids] == ["xy", "ab", "\n\n", "cd"]
+        assert labels == [-100, ids[1] if label else -100, -100, ids[3] if other else -100]
+
+
+def test_nothing_of_a_message_without_loss_is_learnt_not_even_the_times_of_its_video() -> None:
+    image, chat = ImageRule(frames_per_patch=2), CHAT_FORMATS["qwen3-vl"].replace(stop=("<|im_end|>",))
+    made = Processor(ProcessorConfig(chat=chat, image=image, video=VideoRule(min_pixels=784, max_pixels=3136)))
+    film = user({"type": "video", "video": [IMAGE["image"]] * 4, "fps": 2.0}, "what?")
+    rule = LabelRule(on="all")
+    assert learnt(made, [film, says("a cat")], rule).count(" seconds><|vision_start|>") == 2
+    answer = "<|im_start|>assistant\na cat<|im_end|>\n"
+    assert learnt(made, [{**film, "loss": False}, says("a cat")], rule) == answer
 
 
 def test_rules_that_say_nothing_are_refused() -> None:

@@ -103,7 +103,7 @@ class ChatTemplate:
         text, spans = _unmarked(self._render(guarded, add_generation_prompt, given))
         assistants = [index for index, each in enumerate(messages) if each["role"] == "assistant"]
         if answers is not None and not self.marks_answers:
-            spans = find_answers(text, messages, written, set(answers.stop) - set(answer_tokens))
+            spans = find_answers(text, messages, written, answers.stop)
         owners: list[int | None] = [*assistants] if len(spans) == len(assistants) else [None] * len(spans)
         if answers is not None and answers.by_message and None in owners:
             raise TemplateError(
