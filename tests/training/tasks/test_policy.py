@@ -157,12 +157,12 @@ def _of_updates(task: Any, updates: list[list[Item]], place: int) -> list[float]
     return advantages_of(task, updates[place], deviation=False)
 
 
-def planted(monkeypatch: pytest.MonkeyPatch, *answers: list[str | int]) -> None:
-    """Make the policy say these: texts that end, or one id over and over."""
+def planted(monkeypatch: pytest.MonkeyPatch, *answers: list[str | list[int]]) -> None:
+    """Make the policy say these: texts that end, or ids as they are."""
 
     def generate(model: VisionLanguageModel, batch: Any, *, max_new_tokens: int, **options: Any) -> list[list[int]]:
         stop = options["stop"][0]
-        texts = [[ord(c) for c in a] + [stop] if isinstance(a, str) else [a] * max_new_tokens for a in said.pop(0)]
+        texts = [[ord(c) for c in a] + [stop] if isinstance(a, str) else a for a in said.pop(0)]
         assert len(texts) == batch.ids.layout.num_items
         return texts
 
@@ -174,25 +174,32 @@ def test_unhappy_answers_are_defined_and_counted(monkeypatch: pytest.MonkeyPatch
     image = model_of(0).config.image_token_id
     rewards = {"judge": [0, 1, 1, 0, 0, 0], "fail": [0, 1, 0, 0, 0, 0], "mask": [0, 1, 1, 0, 0, 0]}
     for truncated, expected in rewards.items():
-        planted(monkeypatch, ["no", "0", ord("0")], ["", image, "10"])
+        planted(monkeypatch, ["no", "0", [ord("0")] * 4], ["", [ord("1"), image, 1], "10"])
         task = make_task({**GRPO, "verifier": "number", "truncated": truncated}, verifiers={})
         [items], told = task.begin(prepared(task, questions(2)), 0)
         assert told == pytest.approx(
             {
                 "reward": sum(expected) / 6,
                 "equal_groups": 0.5,
-                "length": (3 + 2 + 4 + 1 + 0 + 3) / 6,
+                "length": (3 + 2 + 4 + 1 + 1 + 3) / 6,
                 "truncated": 1 / 6,
                 "broken": 1 / 6,
-                "empty": 2 / 6,
+                "empty": 1 / 6,
             }
         )
         assert len(items) == (5 if truncated == "mask" else 6)
-        assert task.totals(items)["tokens"] == (9 if truncated == "mask" else 13)
+        assert task.totals(items)["tokens"] == (10 if truncated == "mask" else 14)
         loss, _ = total(task, [items])
         assert all(bool(grad.isfinite().all()) for grad in gradients(task.setup.model, loss).values())
         rates = task.state_dict()["success"]["counts"]
         assert rates == {"0/0": [3, sum(expected)], "0/1": [3, 0]}
+
+
+def test_half_a_reward_is_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(monkeypatch, ["5", "4", "6"])
+    task = make_task({**GRPO, "verifier": "tenths"}, verifiers={"tenths": lambda text, sample: int(text) / 10})
+    task.begin(prepared(task, questions(1)), 0)
+    assert task.rates.rate("0/0") == pytest.approx(2 / 3)
 
 
 def test_dapo_leaves_out_groups_of_equal_rewards_and_punishes_length(monkeypatch: pytest.MonkeyPatch) -> None:

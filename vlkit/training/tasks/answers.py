@@ -55,7 +55,7 @@ def log_probs_of(
     config, ranks = setup.config, setup.ranks
     packs = pack_items(
         items,
-        tokens=config.data.pack_tokens or config.micro_batch_tokens,
+        tokens=config.micro_batch_tokens or config.data.pack_tokens,
         patches=config.data.pack_patches,
         most=config.micro_batch,
     )
