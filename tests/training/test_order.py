@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 
-from vlkit.training.order import Draw, Order, order
+from vlkit.training.order import Draw, Order, order, stage_seed
 
 
 def test_every_epoch_has_every_sample_once_in_another_order() -> None:
@@ -54,3 +54,14 @@ def test_random_numbers_depend_on_seed_stream_sample_and_epoch_alone() -> None:
 def test_the_first_sample_does_not_draw_the_numbers_of_the_first_permutation() -> None:
     """Seeds that are lists are filled up with zeros: [0] and [0, 0, 0, 0] are the same."""
     assert Draw(0, 0).rng.random() != np.random.Generator(np.random.PCG64([0, 0])).random()
+
+
+def test_stages_share_no_order() -> None:
+    """Not with another epoch of an earlier stage either: seed + 2**32 gives the second epoch of the seed."""
+    assert stage_seed(5, 0) == 5
+    orders = [
+        tuple(Order(13, seed=stage_seed(5, stage)).at(13 * epoch + place)[0] for place in range(13))
+        for stage in range(4)
+        for epoch in range(4)
+    ]
+    assert len(set(orders)) == 16

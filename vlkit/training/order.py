@@ -101,3 +101,8 @@ def order(num_samples: int, positions: Iterable[int], *, seed: int, shuffle: boo
     """The samples at some positions of the endless sequence of the first stream."""
     sequence = Order(num_samples, seed=seed, shuffle=shuffle)
     return [sequence.at(position)[0] for position in positions]
+
+
+def stage_seed(seed: int, stage: int) -> int:
+    """A seed for what a stage draws: the run's own in the first, and others that share no order with it."""
+    return int(np.random.SeedSequence(seed, spawn_key=(stage,)).generate_state(1)[0]) if stage else seed

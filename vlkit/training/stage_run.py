@@ -33,6 +33,7 @@ from vlkit.training.experts import balance_experts
 from vlkit.training.faults import Heartbeat, StopRequest
 from vlkit.training.finite import finite_guard
 from vlkit.training.metrics import Metrics
+from vlkit.training.order import stage_seed
 from vlkit.training.progress import Done, Progress
 from vlkit.training.ranks import Ranks
 from vlkit.training.reader import Reader, StepShare, pack_items
@@ -112,7 +113,7 @@ class StageRun:
         balanced = [m.bias is not None and m.weight.requires_grad for m in routers]
         self.balanced = torch.tensor(balanced, device=self.ranks.device)[:, None] if any(balanced) else None
         self.reader: Reader[Item] = make_reader(
-            self.config, stage.sources, self.task, model, around.ranks, seed=self.config.seed + stage.number * 2**32
+            self.config, stage.sources, self.task, model, around.ranks, seed=stage_seed(self.config.seed, stage.number)
         )
         self.place = self.reader.state_dict()  # behind the last step that was done, not the last that was read
         self.loss: float | None = None
