@@ -137,10 +137,11 @@ def _answer(
 
 @contextmanager
 def _evaluated(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and back as it was."""
-    training = model.training
+    """The model in evaluation mode, and back as it was: frozen parts of it are in that mode all the time."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
