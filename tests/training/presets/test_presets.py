@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import tomllib
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from vlkit.cli import app
 from vlkit.errors import ConfigError, UnknownModelError
+from vlkit.training import TrainConfig
 from vlkit.training.presets import Fact, Stage, Unknown, list_presets, preset, report, unknown
+from vlkit.training.presets.fact import plain, put
 
 ALL = list_presets()
 
@@ -90,7 +93,8 @@ def test_numbers_of_the_recipes() -> None:
         for part in ("grounding", "planning"):
             known = preset(f"aguvis/{part}-{size}").known()
             assert (known["optimizer"]["lr"], known["batch"], known["train"]) == (rate, 128, ["projector", "llm"])
-            assert known["resolution"] == {"points": [[0.0, 937_664]], "min_pixels": 200_704}
+            assert known["resolution"] == {"points": [[0.0, 937_664]]}
+            assert known["schedule"]["warmup"] == 0.03
     batches = [preset(name).known()["batch"] for name in list_presets("mobilevlm/*")]
     assert batches == [512, 224, 384]
     assert [len(preset(name).known()["train"]) for name in list_presets("mobilevlm/*")] == [3, 3, 2]
@@ -172,3 +176,65 @@ def test_the_command_shows_them() -> None:
     assert "512" in run(app, ["stages", "mobilevlm/*", "--toml"]).output
     refused = run(app, ["stages", "kimi"])
     assert "no stage fits 'kimi'; `vlkit stages` lists all, 'kimi*' takes a family" in str(refused.exception)
+
+
+# What a run might say where sources say nothing.
+SAID = {
+    "train": ["llm"],
+    "steps|epochs": 4,
+    "batch|packs": 2,
+    "batch": 2,
+    "data.pack_tokens": 64,
+    "data.labels": {"on": "all"},
+    "data.streams": [{"name": "text", "files": ["text.jsonl"], "share": [[0.0, 1.0], [1.0, 0.6]]}],
+    "data.draws": "prioritised",
+    "resolution.points": [[0.0, 4096], [0.5, 8192]],
+    "objective.tau": 0.1,
+    "objective.beta": 0.1,
+    "objective.weights": [0.8, 0.2, 1.0],
+    "objective.verifier": "exact",
+    "objective.group": 4,
+    "objective.max_new_tokens": 8,
+    "objective.clip": [0.2, 0.2],
+    "objective.kl_weight": 0.0,
+    "objective.length_weight": 0.5,
+    "objective.length_from": 0.5,
+    "optimizer.kind": "adamw",
+    "optimizer.lr": 1e-3,
+    "optimizer.weight_decay": 0.1,
+    "schedule.warmup": 0.25,
+    "schedule.shape": "linear",
+    "schedule.final": 0.1,
+    "balance_rate": 1e-3,
+}
+FIRST = {"steps|epochs": "steps", "batch|packs": "batch"}
+
+
+def filled(name: str) -> dict[str, Any]:
+    """A stage of a run that takes a preset and says what is unknown, and nothing else."""
+    table: dict[str, Any] = {"name": name.replace("/", "-"), "preset": name}
+    for path in preset(name).unknown():
+        put(table, FIRST.get(path, path), SAID[path])
+    if "streams" in preset(name).known().get("data", {}):
+        table.setdefault("data", {})["streams"] = [{"name": n, "files": [f"{n}.jsonl"]} for n in ("long", "replay")]
+    return table
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_run_takes_what_is_known_and_what_it_says_of_the_rest(name: str) -> None:
+    base = {"run": "run", "model": {"name": "kimi-vl-tiny"}, "data": {"files": ["train.jsonl"]}, "steps": 9}
+    ((_, stage),) = TrainConfig.from_dict({**base, "stages": [filled(name)]}).resolved_stages()
+    values = plain(stage.to_dict())
+    for path, entry in preset(name).sets.items():
+        wanted = entry.value if isinstance(entry, Fact) else SAID[path]
+        if path == "data.streams" and isinstance(entry, Fact):
+            assert [(s["name"], s["share"]) for s in values["data"]["streams"]] == [("long", 0.25), ("replay", 0.75)]
+            continue
+        found: Any = values
+        for key in FIRST.get(path, path).split("."):
+            found = found[key]
+        subset = {k: found[k] for k in wanted} if isinstance(wanted, dict) else found
+        assert plain(subset) == plain(wanted if path != "data.streams" else found), path
+    if unknowns := preset(name).unknown():
+        with pytest.raises(ConfigError, match=re.escape(next(iter(unknowns)).replace("|", " or "))):
+            TrainConfig.from_dict({**base, "stages": [{"name": "gaps", "preset": name}]})

@@ -5,7 +5,7 @@ Sources: Aguvis, arXiv:2412.04454; xlang-ai/aguvis, the training scripts and sta
 
 from __future__ import annotations
 
-from vlkit.training.presets.fact import Fact, Stage, unknown
+from vlkit.training.presets.fact import Fact, Stage
 
 PAPER, CODE = "Aguvis, arXiv:2412.04454, training details", "xlang-ai/aguvis, the training scripts"
 DATA = "Aguvis, arXiv:2412.04454, tables of the data"
@@ -39,6 +39,7 @@ def _stage(part: str, size: str) -> Stage:
                 }
             ),
             "new tokens": Fact("<|recipient|> and <|diff_marker|>, rows at the mean of the others", CODE),
+            "least pixels": Fact(256 * 28 * 28, CODE, note="of the processor's rule, whatever the image"),
             "precision": Fact("bf16", CODE),
             "memory": Fact("ZeRO-3", CODE),
         },
@@ -49,23 +50,14 @@ def _stage(part: str, size: str) -> Stage:
             "batch": Fact(128, PAPER),
             "data.max_tokens": Fact(8192, CODE),
             "data.labels": Fact(
-                {"on": "answers", "special": "everywhere"},
+                {"on": "answers", "special": "everywhere", "anywhere": ("\n",)},
                 CODE,
                 note="answers with their header, and turn marks, recipients and newlines wherever they stand",
             ),
-            **(
-                {
-                    "data.join_groundings": unknown(
-                        "pairs of one screenshot are joined up to 8,192 tokens; how many is not stated"
-                    )
-                }
-                if grounding
-                else {}
-            ),
+            **({"data.join_groundings": Fact(True, f"{PAPER}; {CODE}")} if grounding else {}),
             "resolution.points": Fact(
                 ((0.0, 46 * 26 * 28 * 28),), CODE, note="46 x 26 tokens of 28 x 28 pixels; the paper says 1280 x 720"
             ),
-            "resolution.min_pixels": Fact(256 * 28 * 28, CODE),
             "optimizer.kind": ADAM,
             "optimizer.lr": Fact(RATES[size], PAPER),
             "optimizer.weight_decay": Fact(0.0, CODE),

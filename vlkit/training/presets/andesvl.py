@@ -131,9 +131,14 @@ STAGES = (
         },
         sets={
             "objective.kind": Fact("grpo", PAPER, "summary"),
+            "objective.verifier": unknown(
+                "how answers are compared is yours: 'exact', 'number', 'boxed' or a function"
+            ),
             "objective.group": NOT_STATED,
-            "objective.clip": unknown("not known; 0.2 in the method's paper"),
-            "objective.kl": unknown("not known; 0.04 in the method's paper, often 0 since"),
+            "objective.max_new_tokens": NOT_STATED,
+            "objective.clip": unknown("not known; [0.2, 0.2] in the method's paper"),
+            "objective.kl_weight": unknown("not known; 0.04 in the method's paper, often 0 since"),
+            "data.draws": Fact("curriculum", PAPER, "summary", "from easy to hard, by the samples' difficulty"),
             "train": NOT_STATED,
             **_LENGTH,
             **_RATES,

@@ -268,7 +268,17 @@ STAGES = (
         },
         sets={
             "objective.kind": Fact("mirror-descent", RL),
+            "objective.verifier": unknown(
+                "how answers are compared is yours: 'exact', 'number', 'boxed' or a function"
+            ),
             "objective.tau": unknown("a strength above 0 that is not stated"),
+            "objective.group": unknown("answers to a prompt, not stated"),
+            "objective.max_new_tokens": unknown("not stated"),
+            "objective.length_weight": unknown("of the reward for short answers, not stated"),
+            "objective.length_from": unknown("training begins without it; until when is not stated"),
+            "data.draws": unknown(
+                "'curriculum' and 'prioritised' are both stated; a stage draws in one of the two ways"
+            ),
             "train": unknown("not stated; the stages around it train everything"),
             "steps|epochs": unknown("not stated"),
             "batch": unknown("prompts per iteration are not stated"),
