@@ -140,6 +140,18 @@ def test_ranks_change_only_the_order_of_sums(tmp_path: Path, objective: dict[str
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [3, 1])
+def test_pairs_may_be_learnt_by_a_sharded_model(tmp_path: Path, batch: int) -> None:
+    """fp64; the reference is sharded too, and a rank without pairs still brings its share of the weights."""
+    one, two = (
+        config_of(tmp_path, MPO, name, dtype="float64", steps=2, batch=batch, micro_batch=1) for name in ("one", "two")
+    )
+    run(0, one)
+    run_ranks(run, 2, two.replace(ranks=two.ranks.replace(sharding="fsdp")))
+    assert_close(weights(two), weights(one), rtol=0, atol=1e-9)
+
+
 def test_draws_by_success_need_answers_that_are_judged(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs an objective that judges answers"):
         run(0, config_of(tmp_path, DPO, data={"draws": "prioritised"}))

@@ -73,11 +73,13 @@ def log_probs_of(
             value: Tensor = model(batch, objective=objective).value
         return value.cpu()
 
+    forwards = len(packs)
+    if model.parts_are_sharded:  # the others wait for this rank's share of the weights
+        forwards = max(count for (count,) in ranks.gather(forwards))
     for pack in packs:
         values = forward(Batch.concat([item.batch for item in pack]).to(ranks.device))
         for item, own in zip(pack, values.split([item.num_tokens for item in pack]), strict=True):
             found[id(item)] = own
-    if model.parts_are_sharded:  # the others wait for this rank's share of the weights
-        for _ in range(max(count for (count,) in ranks.gather(len(packs))) - len(packs)):
-            forward(blank_batch(model).to(ranks.device))
+    for _ in range(forwards - len(packs)):
+        forward(blank_batch(model).to(ranks.device))
     return [found[id(item)] for item in items]
