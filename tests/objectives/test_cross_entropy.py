@@ -103,15 +103,15 @@ class CountProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_products_with_the_head_of_bf16_are_not_rounded_before_they_are_added() -> None:
-    """Chunks of one row whose gradient 1 + 2^-9 no bf16 holds: rounded one by one they would add up to 256."""
-    hidden = torch.ones(256, 1, dtype=torch.bfloat16)
-    head = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    weights = torch.full((256,), 2 * (1 + 2**-9 + 2**-6))
-    loss, _ = chunked_cross_entropy(hidden, head, torch.zeros(256, dtype=torch.long), weights=weights, chunk=1)
+def test_products_in_bf16_are_not_rounded_before_they_are_added() -> None:
+    """256 chunks of one row, whose gradient 1 + 2^-6 + 2^-9 no bf16 holds: rounded one by one they would add up to 260."""
+    hidden, head = torch.ones(256, 1), torch.zeros(2, 1, requires_grad=True)
+    weights = torch.full((256,), 2 * (1 + 2**-6 + 2**-9))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = chunked_cross_entropy(hidden, head, torch.zeros(256, dtype=torch.long), weights=weights, chunk=1)
     loss.backward()
     assert head.grad is not None
-    assert head.grad.flatten().tolist() == torch.tensor([-1, 1]).mul(256 + 0.5 + 4).bfloat16().tolist()
+    assert head.grad.flatten().tolist() == [-260.5, 260.5]
 
 
 def test_autocast_computes_products_narrow_and_the_rest_wide() -> None:
