@@ -20,7 +20,7 @@ from tests.training.runs import metrics, until, weights
 from tests.training.samples import small_config
 from vlkit.errors import ConfigError, NonFiniteError, SampleError
 from vlkit.models import VisionLanguageModel
-from vlkit.training import Result, TrainConfig, loop, stage_run, train
+from vlkit.training import Result, TrainConfig, stage_models, stage_run, train
 from vlkit.training.build import build_model
 from vlkit.training.order import order
 from vlkit.training.sources import open_source
@@ -185,7 +185,7 @@ def test_a_run_looks_at_its_parts_when_asked_to(tmp_path: Path, monkeypatch: pyt
             model.llm.norm.weight.fill_(float("inf"))
         return model
 
-    monkeypatch.setattr(loop, "build_model", spoilt)
+    monkeypatch.setattr(stage_models, "build_model", spoilt)
     with pytest.raises(NonFiniteError, match=r"llm\.norm gives"):
         train(small_config(tmp_path, check_finite_every=1))
 

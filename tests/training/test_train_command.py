@@ -34,7 +34,8 @@ def write_config(folder: Path, **changes: Any) -> str:
 def test_a_file_becomes_a_model_that_answers(tmp_path: Path) -> None:
     write_samples(tmp_path)
     (tmp_path / "run.toml").write_text(
-        'run = "out"\nsteps = 2\nbatch = 3\nlog_every = 1\n[model]\nname = "kimi-vl-tiny"\n[data]\nfiles = ["train.jsonl"]\n'
+        'run = "out"\nsteps = 2\nbatch = 3\nlog_every = 1\npicture = false\n'
+        '[model]\nname = "kimi-vl-tiny"\n[data]\nfiles = ["train.jsonl"]\n'
     )
     done = run(str(tmp_path / "run.toml"))
     assert done.exit_code == 0

@@ -8,39 +8,29 @@ A run is found where its newest checkpoint says: in which stage, after which ste
 
 from __future__ import annotations
 
-import copy
-import math
 import os
-import random
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from vlkit.errors import CheckpointError, ConfigError, CorruptCheckpointError, MissingDependencyError, RankError
-from vlkit.models import VisionLanguageModel
-from vlkit.processing import Processor
 from vlkit.training import run_checkpoint
-from vlkit.training.build import build_model, describe_model, enter_stage, fingerprint, freeze_parts, open_sources
+from vlkit.training.build import describe_model
 from vlkit.training.config import TrainConfig
 from vlkit.training.faults import Heartbeat, StopRequest, stop_on_signals
-from vlkit.training.lora import has_lora, merge_lora
-from vlkit.training.lora_files import save_adapter
 from vlkit.training.metrics import METRICS, Metrics, trim_metrics
 from vlkit.training.picture import draw_picture
 from vlkit.training.progress import Progress, Result
 from vlkit.training.ranks import Ranks, launched, lost_rank
 from vlkit.training.resume import check_groups, check_resumable, keep_state, run_state
-from vlkit.training.rope_theta import set_rope_theta
-from vlkit.training.stage_run import Stage, StageRun, Surroundings
+from vlkit.training.run_stages import Stage, open_stages
+from vlkit.training.stage_models import MODEL, STAGES, StageModels, random_states_kept, what_trains
+from vlkit.training.stage_run import StageRun, Surroundings
 
-CHECKPOINTS, STAGES, MODEL = "checkpoints", "stages", "model"
+CHECKPOINTS = "checkpoints"
 Say = Callable[[str], object]
 Verifiers = Mapping[str, Callable[..., Any]]
 
@@ -116,23 +106,21 @@ class _Run:
         config, ranks = self.config, self.ranks
         self.heartbeat.now("describing the model")
         with ranks.together():
-            self.shapes, self.processor = describe_model(config)
+            shapes, processor = describe_model(config)
             self.heartbeat.now("reading the data files")
-            self.stages = _opened(config, self.processor)
+            self.stages = open_stages(config, processor)
             self.total = self.stages[-1].before + self.stages[-1].steps
-            self.fingerprints = []
-            for stage in self.stages:
-                shapes = copy.deepcopy(self.shapes)
-                self._prepare_shapes(shapes, stage)
-                self.fingerprints.append(fingerprint(stage.config, shapes, self.processor, stage.sources))
+            self.models = StageModels(config, self.stages, shapes, processor, ranks)
+            self.fingerprints = [self.models.fingerprint(stage) for stage in self.stages]
         ranks.check_equal({"config": config.to_dict(), "stages": self.fingerprints}, "the ranks do not run the same")
         with self.alone(), ExitStack() as open_files:
             metrics = None
-            if ranks.first:
-                metrics = Metrics(self.folder, tensorboard=config.tensorboard)
-                open_files.callback(metrics.close)
+            with ranks.together():
+                if ranks.first:
+                    metrics = Metrics(self.folder, tensorboard=config.tensorboard)
+                    open_files.callback(metrics.close)
             self.around = Surroundings(
-                ranks, self.stop, self.heartbeat, self.say, metrics, self.processor, self.verifiers, self.total
+                ranks, self.stop, self.heartbeat, self.say, metrics, processor, self.verifiers, self.total
             )
             return self.work(resume)
 
@@ -154,13 +142,13 @@ class _Run:
             self.save(run)
             last = run.stage.number + 1 == len(self.stages)
             if run.stage.name:
-                self.save_stage(run)
+                self.heartbeat.now(f"saving the model of stage {run.stage.name}")
+                self.say(f"saved {self.models.save_stage(self.model, run.task.modules, run.stage)}")
             if last:
                 break
             run = self.next_stage(run)
         self.heartbeat.now("saving the model")
-        model = save_model(self.model, self.processor, self.folder / MODEL, self.ranks)
-        self.save_modules(run, model)
+        model = self.models.save(self.model, run.task.modules, run.stage, self.folder / MODEL)
         self.say(f"saved {model}")
         if self.ranks.first and self.config.picture:
             try:
@@ -179,29 +167,16 @@ class _Run:
 
     def begun(self, number: int) -> StageRun:
         """A stage with the model as it is built: new weights, or those that a checkpoint fills in next."""
-        stage = self.stages[number]
         self.heartbeat.now("building the model")
-        self.model = build_model(
-            self.config, self.shapes, self.ranks, prepare=lambda model: self._prepare_shapes(model, stage)
-        )
-        enter_stage(self.model, stage.config)
-        return self.entered(stage)
+        self.model = self.models.build(self.stages[number])
+        return self.entered(self.stages[number])
 
     def next_stage(self, before: StageRun) -> StageRun:
         """The stage behind one that is done, with the model that it left."""
         stage = self.stages[before.stage.number + 1]
         self.progress.stage, self.progress.stage_step = stage.number, 0
         self.heartbeat.now(f"beginning stage {stage.name}")
-        if self.model.parts_are_sharded:  # what records gradients is settled before parts are sharded
-            folder = self.stage_folder(before.stage)
-            self.model = build_model(
-                self.config,
-                self.shapes,
-                self.ranks,
-                folder=folder,
-                prepare=lambda model: freeze_parts(model, stage.config),
-            )
-        enter_stage(self.model, stage.config)
+        self.model = self.models.next(self.model, stage)
         run = self.entered(stage)
         run.take_modules(before)
         if stage.config.keep_state:
@@ -210,66 +185,10 @@ class _Run:
         return run
 
     def entered(self, stage: Stage) -> StageRun:
+        run = StageRun(stage, self.model, self.around, self.progress, self.models.reference(stage))
         if stage.name:
-            self.say(f"stage {stage.name} ({stage.number + 1}/{len(self.stages)}): {_trained(self.model)}")
-        return StageRun(stage, self.model, self.around, self.progress, _Once(lambda: self.reference(stage)))
-
-    def reference(self, stage: Stage) -> VisionLanguageModel:
-        """Collective. The frozen model that a stage began with."""
-        folder = None
-        if stage.number:
-            folder = self.stage_folder(self.stages[stage.number - 1])
-            if not folder.is_dir():
-                raise CheckpointError(
-                    f"{folder}: missing, and stage {stage.name!r} compares with the model that was saved there"
-                )
-
-        def frozen(model: VisionLanguageModel) -> None:
-            self._set_theta(model, stage)
-            model.requires_grad_(False)
-
-        with random_states_kept():
-            return build_model(
-                self.config, self.shapes, self.ranks, folder=folder, adapted=False, prepare=frozen
-            ).eval()
-
-    def _prepare_shapes(self, model: VisionLanguageModel, stage: Stage) -> None:
-        self._set_theta(model, stage)
-        freeze_parts(model, stage.config)
-
-    def _set_theta(self, model: VisionLanguageModel, stage: Stage) -> None:
-        """The wavelengths that the stages up to this one have set."""
-        for each in self.stages[: stage.number + 1]:
-            if each.config.rope_theta is not None:
-                set_rope_theta(model, each.config.rope_theta, max_positions=each.config.max_positions)
-
-    def stage_folder(self, stage: Stage) -> Path:
-        return self.folder / STAGES / f"{stage.number + 1}-{stage.name}"
-
-    def save_stage(self, run: StageRun) -> None:
-        """The model that a stage ends with, whole or not at all."""
-        stage = run.stage
-        self.heartbeat.now(f"saving the model of stage {stage.name}")
-        folder = self.stage_folder(stage)
-        partial = folder.with_name(f".{folder.name}.partial")
-        with self.ranks.together():
-            if self.ranks.first:
-                folder.parent.mkdir(exist_ok=True)
-                shutil.rmtree(partial, ignore_errors=True)
-        save_model(self.model, self.processor, partial, self.ranks)
-        self.save_modules(run, partial)
-        with self.ranks.together():
-            if self.ranks.first:
-                shutil.rmtree(folder, ignore_errors=True)
-                os.rename(partial, folder)
-        self.say(f"saved {folder}")
-
-    def save_modules(self, run: StageRun, folder: Path) -> None:
-        """What the objective has trained beside the model, in a folder of its kind among the model's files."""
-        save = getattr(run.task.modules, "save_pretrained", None)
-        with self.ranks.together():
-            if save is not None and self.ranks.first:
-                save(folder / str((run.config.objective or {}).get("kind")))
+            self.say(f"stage {stage.name} ({stage.number + 1}/{len(self.stages)}): {what_trains(run.trained)}")
+        return run
 
     # What is kept
 
@@ -367,79 +286,6 @@ class _Run:
 # Parts that stand alone
 
 
-class _Once:
-    """What a function gives, made at the first call."""
-
-    def __init__(self, make: Callable[[], VisionLanguageModel]) -> None:
-        self._make = make
-        self._made: VisionLanguageModel | None = None
-
-    def __call__(self) -> VisionLanguageModel:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
-
-
-def _opened(config: TrainConfig, processor: Processor) -> list[Stage]:
-    """The stages with their data; files that several of them read are opened once."""
-    stages: list[Stage] = []
-    known: dict[Any, Any] = {}
-    for number, (name, own) in enumerate(config.resolved_stages()):
-        data = own.data
-        key: tuple[Any, ...] = data.files, tuple(stream.files for stream in data.streams)
-        if data.join_groundings:
-            key += own.seed, data.max_tokens, data.labels
-        if key not in known:
-            known[key] = open_sources(own, processor)
-        sources = known[key]
-        steps = own.steps or math.ceil((own.epochs or 0) * len(sources[0]) / own.batch)
-        before = stages[-1].before + stages[-1].steps if stages else 0
-        stages.append(Stage(number, name, own, sources, steps, before))
-    return stages
-
-
-def _trained(model: VisionLanguageModel) -> str:
-    """How much of every part learns."""
-    told = []
-    for name, part in model.named_children():
-        parameters = list(part.parameters())
-        trained, total = sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
-        told.append(
-            f"{name} {'frozen' if not trained else 'trains' if trained == total else f'trains {trained:,}'} of {total:,}"
-        )
-    return ", ".join(told)
-
-
 def _shortened(error: BaseException) -> str:
     """The first sentence of what torch says, without the place in its sources."""
     return re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).split(". This is typically")[0]
-
-
-@contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Leave the random states of the process as they were."""
-    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
-        torch.set_rng_state(kept[2])
-
-
-def save_model(model: VisionLanguageModel, processor: Processor, folder: Path, ranks: Ranks) -> Path:
-    """Collective. Write the trained model in its Hub layout, with its processor: `vlkit generate` takes the folder."""
-    if model.parts_are_sharded:
-        from vlkit.training.gathering import save_sharded
-
-        save_sharded(model, folder)
-    with ranks.together():
-        if ranks.first:
-            if has_lora(model):
-                save_adapter(model, folder / "adapter")
-                model = copy.deepcopy(model)
-                merge_lora(model)
-            if not model.parts_are_sharded:
-                model.save_pretrained(folder)
-            processor.save_pretrained(folder)
-    return folder

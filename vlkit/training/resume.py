@@ -13,7 +13,8 @@ from vlkit.optim import Muon
 from vlkit.training.config import TrainConfig
 from vlkit.training.progress import Progress
 from vlkit.training.ranks import Ranks, as_change, first_difference
-from vlkit.training.stage_run import Stage, StageRun
+from vlkit.training.run_stages import Stage
+from vlkit.training.stage_run import StageRun
 
 # What a run may not be resumed with when it has changed; everything else may change, and is said.
 FIXED = ("model", "parameters", "processor", "data", "seed", "shuffle")

@@ -37,30 +37,9 @@ from vlkit.training.order import stage_seed
 from vlkit.training.progress import Done, Progress
 from vlkit.training.ranks import Ranks
 from vlkit.training.reader import Reader, StepShare, pack_items
-from vlkit.training.sources import Source
+from vlkit.training.run_stages import Stage
 from vlkit.training.tasks.task import Item, Setup
 from vlkit.training.update import Sums, all_totals, backward
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage of a run.
-
-    Attributes:
-        number: From 0.
-        name: Empty in a run without stages.
-        config: Of this stage.
-        sources: Samples of every stream.
-        steps: How many it has.
-        before: Steps of the stages before.
-    """
-
-    number: int
-    name: str
-    config: TrainConfig
-    sources: tuple[Source, ...]
-    steps: int
-    before: int
 
 
 @dataclass(frozen=True)
