@@ -1,6 +1,6 @@
 """Training steps on packs of whole samples: against padding, the memory of the loss, and what cost grows with.
 
-    python benchmarks/train.py [step] [memory] [loss] [scaling] [--threads 2] [--repeats 5] [--save]
+    python benchmarks/train.py [step] [memory] [loss] [scaling] [--threads 1] [--repeats 3] [--save]
 
     step     real tokens per second of an SFT step (forward, loss, backward, AdamW) against transformers' Qwen2-VL
     memory   peak memory of the same steps
@@ -41,8 +41,8 @@ PARTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
