@@ -131,7 +131,9 @@ def test_images_beside_and_videos_are_measured_too(tmp_path: Path) -> None:
             given = {"images": PIXELS, "videos": [str(tmp_path / "frames"), str(tmp_path / "a.gif")]}
             for max_pixels in (None, 784):
                 options: dict[str, Any] = {**given, "labels": True, "max_pixels": max_pixels}
-                assert processor.measure(messages, **options) == cost(processor, messages, **options)
+                expected = cost(processor, messages, **options)
+                assert processor.measure(messages, **options) == expected
+                assert max_pixels is None or expected[1] == (1 + 4 + 2) * 4  # one token for every time step
 
 
 def test_a_cap_makes_images_smaller_and_nothing_else() -> None:
