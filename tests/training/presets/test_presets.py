@@ -7,13 +7,17 @@ import tomllib
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import vlkit
 from vlkit.cli import app
 from vlkit.errors import ConfigError, UnknownModelError
 from vlkit.training import TrainConfig
+from vlkit.training.build import make_optimizer, trained_parts
 from vlkit.training.presets import Fact, Stage, Unknown, list_presets, preset, report, unknown
 from vlkit.training.presets.fact import plain, put
+from vlkit.training.ranks import Ranks
 
 ALL = list_presets()
 
@@ -238,3 +242,38 @@ def test_a_run_takes_what_is_known_and_what_it_says_of_the_rest(name: str) -> No
     if unknowns := preset(name).unknown():
         with pytest.raises(ConfigError, match=re.escape(next(iter(unknowns)).replace("|", " or "))):
             TrainConfig.from_dict({**base, "stages": [{"name": "gaps", "preset": name}]})
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "frozen"),
+    [
+        ("kimi-vl/sft-32k", "kimi-vl-tiny", set()),
+        ("andesvl/alignment", "andesvl-tiny", {"llm"}),
+        ("aguvis/planning-7b", "qwen2-vl-tiny", {"vision"}),
+    ],
+)
+def test_rates_of_parts_and_layers_go_with_a_preset(name: str, model: str, frozen: set[str]) -> None:
+    """What trains and the rate are the preset's; a run may give its parts rates of their own, and its layers a decay."""
+    own = filled(name)
+    base = {"run": "run", "model": {"name": model}, "data": {"files": ["x.jsonl"]}, "steps": 9}
+    optimizer = {**own.get("optimizer", {}), "part_lr": {"projector": 3e-4}}
+    if "llm" not in frozen:
+        optimizer["layer_decay"] = {"llm": 0.5}
+    ((_, stage),) = TrainConfig.from_dict({**base, "stages": [{**own, "optimizer": optimizer}]}).resolved_stages()
+    network, ranks = vlkit.create_model(model), Ranks(0, 1, torch.device("cpu"))
+    made = make_optimizer(trained_parts(network, None, stage, ranks), stage, ranks)
+    rates = {each: group["lr"] for group in made.param_groups for each in group["param_names"]}
+    assert {each.split(".")[0] for each in rates} == {"vision", "projector", "llm"} - frozen
+    lr, blocks = stage.optimizer.lr, len(network.llm.blocks)
+    known = preset(name).sets["optimizer.lr"]
+    assert lr == (known.value if isinstance(known, Fact) else SAID["optimizer.lr"])
+    for each, rate in rates.items():
+        if each.startswith("projector"):
+            wanted = 3e-4
+        elif each.startswith("llm.blocks."):
+            wanted = lr * 0.5 ** (blocks - int(each.split(".")[2]))
+        elif each == "llm.embedding.weight":
+            wanted = lr * 0.5 ** (blocks + 1)
+        else:
+            wanted = lr
+        assert rate == pytest.approx(wanted), each
