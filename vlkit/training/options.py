@@ -162,8 +162,8 @@ class OptimizerOptions(Config):
         adam_eps: Of AdamW.
         vector_rate: AdamW's learning rate inside Muon, relative to lr.
         part_lr: Learning rates of parts of the model by their names, such as "vision" or "llm.blocks"; the rest learns at lr.
-        layer_decay: For parts with a stack of blocks, the factor from each block to the one before it; what comes after them learns
-            at the part's rate of part_lr, or at lr, and the last block at the factor times that.
+        layer_decay: For parts with a stack of blocks, the factor from each block to the one before it; what comes after them
+            learns at the part's rate of part_lr, or at lr, and the last block at the factor times that.
         freeze: Parts that do not learn.
         thaw: Parts of those that do.
         splits: "heads" cuts the projections of attentions into heads before they are orthogonalised.
