@@ -127,6 +127,7 @@ def test_all_objectives_resume_on_two_ranks(tmp_path: Path) -> None:
     same(halves, whole)
 
 
+@pytest.mark.slow
 def test_the_reference_of_a_stage_is_the_model_before_it_and_leaves_no_random_trace(tmp_path: Path) -> None:
     """A stage of DPO behind another one: stopped inside of it, so that the reference is built again."""
     every = all_objectives(tmp_path, "whole")

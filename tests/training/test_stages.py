@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import vlkit
 from tests.ranks import run_ranks
 from tests.training.runs import metrics, until, weights
-from tests.training.samples import small_config
+from tests.training.samples import small_config, write_samples
 from vlkit.errors import ConfigError
 from vlkit.training import TrainConfig, train
 
@@ -142,7 +142,7 @@ def test_the_rate_of_every_stage_begins_anew(tmp_path: Path) -> None:
     assert any(line.startswith("step 5/7  stage sft 2/4  loss") for line in lines)
 
 
-@pytest.mark.parametrize("stop", [2, 3, 4])
+@pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_of_stages_resumes_bit_for_bit(tmp_path: Path, stop: int) -> None:
     """Stopped within the first stage, at its end, and within the second; packs and threads too."""
     changes: dict[str, Any] = {
@@ -163,8 +163,8 @@ def test_a_run_of_stages_resumes_bit_for_bit(tmp_path: Path, stop: int) -> None:
 
 def test_the_state_of_the_optimizer_is_kept_by_name_where_a_stage_says_so(tmp_path: Path) -> None:
     """Two stages alike with the state kept are one, but for the samples and rates, which both are made the same here."""
-    data = {"files": [str(tmp_path / "train.jsonl")], "workers": 0, "shuffle": False}
-    options: dict[str, Any] = {"data": data, "batch": 13, "schedule": {"decay": 0}, "micro_batch": None}
+    data = {"files": [str(write_samples(tmp_path, 3))], "workers": 0, "shuffle": False}
+    options: dict[str, Any] = {"data": data, "batch": 3, "schedule": {"decay": 0}, "micro_batch": None}
     one = small_config(tmp_path, steps=4, **options)
     two = staged(
         tmp_path,

@@ -171,10 +171,11 @@ class TrainConfig(Config):
             raise ConfigError("TrainConfig.lora: adapters are not sharded; set ranks.sharding = 'zero1'")
         if self.packs is not None and self.data.pack_tokens is None:
             raise ConfigError("TrainConfig.packs: packs of how many tokens? set data.pack_tokens")
-        if self.data.pack_tokens is not None and (self.micro_batch or self.micro_batch_tokens):
-            raise ConfigError(
-                "TrainConfig: data.pack_tokens already says what one forward takes; leave micro_batch away"
-            )
+        for field in ("micro_batch", "micro_batch_tokens"):
+            if getattr(self, field) and (self.packs or (self.data.pack_tokens and field == "micro_batch_tokens")):
+                raise ConfigError(
+                    f"TrainConfig.{field}: data.pack_tokens already says what one forward takes; leave {field} away"
+                )
         if self.stages:
             self.resolved_stages()  # checks each of them
         else:

@@ -86,7 +86,7 @@ def test_the_loss_is_the_formula_over_samples_alone(tmp_path: Path, normalise: s
     assert entry["loss"] == pytest.approx(entropy + balance + router, rel=1e-7)
 
 
-@pytest.mark.parametrize("normalise", ["sample", "square"])
+@pytest.mark.parametrize("normalise", [pytest.param("sample", marks=pytest.mark.slow), "square"])
 def test_packs_do_not_change_the_step(tmp_path: Path, normalise: str) -> None:
     """fp64: gradients are summed in another order, largest difference seen 4e-15."""
     objective = {"normalise": normalise, **ALL}
@@ -103,6 +103,7 @@ def train_all(rank: int, configs: list[TrainConfig]) -> None:
         train(config)
 
 
+@pytest.mark.slow
 def test_ranks_do_not_change_the_step(tmp_path: Path) -> None:
     """Of three samples two ranks have one and two; three ranks and two samples leave one rank without any."""
     objectives = [{"normalise": normalise, **ALL} for normalise in ("token", "sample", "square")]
