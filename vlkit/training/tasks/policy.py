@@ -170,8 +170,8 @@ class MirrorDescentOptions(RolloutOptions):
 
     Attributes:
         tau: Price of leaving the policy that the step began with, in units of reward per nat. The report names none.
-        baseline: What rewards are compared with: the "mean" of their group, as in the report; or "log-mean-exp", with which the
-            optimum is exact.
+        baseline: What rewards are compared with: the "mean" of their group, as in the report; or "log-mean-exp", an estimate of
+            tau * log Z, of which the mean is the limit for large tau.
         length_weight: Of the reward for short answers; 0 has none.
         length_from: Progress of the stage from which on there is one.
     """
