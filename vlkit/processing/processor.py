@@ -18,7 +18,6 @@ from vlkit.errors import (
     CheckpointError,
     ConfigError,
     EmptyBatchError,
-    SequenceTooLongError,
     TemplateError,
     VlkitError,
 )
@@ -28,36 +27,16 @@ from vlkit.packing import Batch, Layout, Packed
 from vlkit.processing import hub_files, visuals
 from vlkit.processing.chat import (
     Message,
-    Piece,
-    Seen,
-    Text,
-    Visual,
-    chat_pieces,
-    check_messages,
-    usual_parts,
 )
-from vlkit.processing.encoding import encode_pieces, fill_slots
+from vlkit.processing.conversation import ConversationWriter, Writing
 from vlkit.processing.image import pack_canvases
-from vlkit.processing.labels import LabelRule, labelled, learn_anywhere, names_answers, rule_of
+from vlkit.processing.labels import LabelRule
 from vlkit.processing.processor_config import ProcessorConfig
-from vlkit.processing.template import ChatTemplate, without_outer_marks
-from vlkit.processing.template_answers import AnswerSearch
+from vlkit.processing.template import ChatTemplate
 from vlkit.processing.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from vlkit.processing.visuals import Prepared
 
 PROCESSOR_FILE = "processor.json"
-
-
-class _Options(NamedTuple):
-    """How conversations are to be written; see `Processor.__call__`."""
-
-    prompt: bool
-    prefix: str
-    rule: LabelRule | None
-    thinking: bool | None
-    tools: Sequence[Mapping[str, Any]] | None
-    number_visuals: bool
-    variables: dict[str, Any]
 
 
 class Measure(NamedTuple):
@@ -70,14 +49,6 @@ class Measure(NamedTuple):
 
     tokens: int
     patches: int
-
-
-class _Written(NamedTuple):
-    """A conversation, the images and videos that it shows, and how it is written."""
-
-    messages: Sequence[Message]
-    visuals: list[Visual]
-    pieces: list[Piece]
 
 
 class _Draft(NamedTuple):
@@ -121,19 +92,20 @@ class Processor:
             )
         self.tokenizer = tokenizer
         chat = self.config.chat
-        self._template = None if self.config.template is None else ChatTemplate(self.config.template)
-        for name in chat.special_names(written=self._template is None):
+        template = None if self.config.template is None else ChatTemplate(self.config.template)
+        for name in chat.special_names(written=template is None):
             if name not in tokenizer.special:
                 raise ConfigError(
                     f"the chat format writes {name!r}, which is no special token of the tokenizer; it has "
                     f"{', '.join(list(tokenizer.special)[:20])}"
                 )
-        self._chat = chat.replace(answer_tokens=tuple(name for name in chat.answer_tokens if name in tokenizer.special))
         self.image_token_id: int = tokenizer.special[chat.image_token]
         self.video_token_id: int | None = tokenizer.special[chat.video_token] if chat.video_token else None
         self.stop_ids: tuple[int, ...] = tuple(
             dict.fromkeys((*(tokenizer.special[name] for name in chat.stop), *self.config.stop_ids))
         )
+        chat = chat.replace(answer_tokens=tuple(name for name in chat.answer_tokens if name in tokenizer.special))
+        self._writer = ConversationWriter(chat, template, tokenizer, self.stop_ids, self.config.max_length)
 
     @property
     def config(self) -> ProcessorConfig:
@@ -188,7 +160,7 @@ class Processor:
         conversations: Sequence[Any] = messages if several else [messages]
         if not conversations:
             raise EmptyBatchError("no conversations; a batch needs at least one")
-        options = self._options(
+        options = self._writer.options(
             add_generation_prompt, answer_prefix, labels, thinking, tools, number_visuals, template_variables
         )
         config = visuals.limited(self.config, max_pixels)
@@ -232,40 +204,21 @@ class Processor:
         """
         if _several(messages):
             raise TemplateError("measure takes one conversation, a list of messages; found several")
-        options = self._options(
+        options = self._writer.options(
             add_generation_prompt, answer_prefix, labels, thinking, tools, number_visuals, template_variables
         )
         config = visuals.limited(self.config, max_pixels)
         [given_images], [given_videos] = (
             visuals.beside(given, kind, 1, False) for given, kind in ((images, "images"), (videos, "videos"))
         )
-        written = self._written(messages, given_images, given_videos, options)
+        written = self._writer.written(messages, given_images, given_videos, options)
         measured = visuals.measure(written.visuals, config)
-        ids, _ = self._encoded(written, [each.seen for each in measured], options.rule)
+        ids, _ = self._writer.encoded(written, [each.seen for each in measured], options.rule)
         return Measure(len(ids), sum(each.patches for each in measured))
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids, without special tokens unless they are wanted."""
         return self.tokenizer.decode(ids, skip_special)
-
-    def _options(
-        self,
-        prompt: bool,
-        prefix: str,
-        labels: bool | LabelRule,
-        thinking: bool | None,
-        tools: Sequence[Mapping[str, Any]] | None,
-        number_visuals: bool,
-        variables: Mapping[str, Any] | None,
-    ) -> _Options:
-        rule = rule_of(labels)
-        if rule is not None and (prefix or thinking is not None):
-            raise TemplateError(
-                "answer_prefix and thinking begin an answer that is still to come; with labels it is there already"
-            )
-        if variables and self._template is None:
-            raise TemplateError("template_variables are for a jinja template; this processor's chat format is not one")
-        return _Options(prompt and rule is None, prefix, rule, thinking, tools, number_visuals, dict(variables or {}))
 
     def _draft(
         self,
@@ -273,45 +226,12 @@ class Processor:
         images: list[Any],
         videos: list[Any],
         config: ProcessorConfig,
-        options: _Options,
+        options: Writing,
     ) -> _Draft:
-        written = self._written(messages, images, videos, options)
+        written = self._writer.written(messages, images, videos, options)
         prepared = visuals.prepare(written.visuals, config)
-        ids, labels = self._encoded(written, [each.seen for each in prepared], options.rule)
+        ids, labels = self._writer.encoded(written, [each.seen for each in prepared], options.rule)
         return _Draft(ids, labels, prepared)
-
-    def _written(
-        self, messages: Sequence[Message], images: list[Any], videos: list[Any], options: _Options
-    ) -> _Written:
-        messages = usual_parts(messages)
-        found = visuals.filled(check_messages(messages, self._chat if self._template is None else None), images, videos)
-        pieces = self._pieces(messages, options)
-        if options.prefix:
-            pieces.append(Text(options.prefix, special=self._chat.answer_tokens))
-        no_answer = not any(isinstance(piece, Text) and piece.learn for piece in pieces)
-        if options.rule is not None and options.rule.on == "answers" and no_answer:
-            raise TemplateError("labels are asked for, but no message is the assistant's: there is nothing to learn")
-        return _Written(messages, found, pieces)
-
-    def _encoded(self, written: _Written, seen: Sequence[Seen], rule: LabelRule | None) -> tuple[list[int], list[int]]:
-        """Ids and labels."""
-        filled = fill_slots(written.pieces, self._chat, self.tokenizer.special, seen)
-        if rule is not None:
-            filled = labelled(filled, rule, written.messages)
-        ids, labels = encode_pieces(filled, self.tokenizer)
-        if not ids:
-            raise TemplateError("nothing is written for this conversation: the template makes an empty text of it")
-        if rule is not None and rule.anywhere:
-            placeholders = [id for id in (self.image_token_id, self.video_token_id) if id is not None]
-            labels = learn_anywhere(ids, labels, rule, self.tokenizer, placeholders)
-        limit = self.config.max_length
-        if limit is not None and len(ids) > limit:
-            tokens = sum(sum(each.tokens) for each in seen)
-            raise SequenceTooLongError(
-                f"{len(ids)} tokens ({tokens} of them for {visuals.counted(written.visuals)}); at most {limit} fit. Shorten the "
-                f"conversation, lower the limits of the image or video rule, or leave the sample out"
-            )
-        return ids, labels
 
     def _batch(self, drafts: Sequence[_Draft], labels: bool) -> Batch:
         """One batch of all conversations; what they see is written into its place once."""
@@ -320,7 +240,7 @@ class Processor:
         if prepared:
             patches = pack_canvases([each.canvases for each in prepared], self.config.image)
             if any(each.seen.times for each in prepared):
-                apart = self._chat.frames_apart
+                apart = self.config.chat.frames_apart
                 seconds = tuple(each.seconds for each in prepared for _ in range(len(each.seen.tokens) if apart else 1))
                 patches = Packed(patches.tokens, patches.layout.frames()) if apart else patches
         return Batch(
@@ -332,41 +252,6 @@ class Processor:
             labels=torch.tensor([id for draft in drafts for id in draft.labels]) if labels else None,
             seconds=seconds,
         )
-
-    def _pieces(self, messages: Sequence[Message], options: _Options) -> list[Piece]:
-        chat = self._chat
-        if self._template is None:
-            return chat_pieces(
-                messages,
-                chat,
-                add_generation_prompt=options.prompt,
-                thinking=options.thinking,
-                tools=options.tools,
-                number_visuals=options.number_visuals,
-            )
-        asked = {
-            "tools": options.tools,
-            "enable_thinking": options.thinking,
-            "add_vision_id": options.number_visuals or None,
-        }
-        variables = {**options.variables, **{name: value for name, value in asked.items() if value is not None}}
-        answers, rule = None, options.rule
-        if rule is not None:
-            by_message = names_answers(rule, messages)
-            if rule.on == "answers" or by_message:
-                stop = [name for name, id in self.tokenizer.special.items() if id in self.stop_ids]
-                answers = AnswerSearch(stop, rule.special != "none" or (rule.on == "all" and by_message), by_message)
-        pieces = self._template.pieces(
-            [{key: value for key, value in message.items() if key != "loss"} for message in messages],
-            self.tokenizer.special,
-            chat.image_token,
-            chat.video_token,
-            answer_tokens=chat.answer_tokens,
-            add_generation_prompt=options.prompt,
-            variables=variables,
-            answers=answers,
-        )
-        return without_outer_marks(pieces, chat)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write what `from_pretrained` reads; the folder is made where it is missing.
