@@ -65,7 +65,7 @@ def test_reading_from_supervision_to_rewards(folder: Path) -> None:
         assert 0 <= metrics(train(small(folder / f"{name}.toml", **few, max_skipped_steps=2)))["reward"] <= 1
     for name in ("sft", "dpo", "grpo", "mirror_descent"):
         figures = readings.evaluate(folder / f"runs/{name}/model", folder / "digits/unseen")
-        assert set(figures) == {"exact", "preferred"}
+        assert set(figures) == {"exact", "drawn", "preferred"}
 
 
 def test_contrast_and_retrieval(folder: Path) -> None:
