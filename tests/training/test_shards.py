@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from tests.training.samples import write_samples
 from vlkit.errors import ConfigError, SampleError, UnsafePathError
 from vlkit.models.factory import create_processor
 from vlkit.training.sources import open_source
@@ -123,6 +125,26 @@ def test_a_truncated_shard_is_refused_wherever_it_ends(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(whole[: header + 520])
     with pytest.raises(SampleError, match=r"sample '1': the file ends inside of member '\.json'"):
         data[1]
+
+
+def test_a_shard_teaches_what_the_same_lines_teach(tmp_path: Path) -> None:
+    lines = write_samples(tmp_path, 6)
+    members: list[tuple[str, bytes]] = []
+    for index, line in enumerate(lines.read_text().splitlines()):
+        sample = json.loads(line)
+        for part in sample["messages"][0]["content"]:
+            if part["type"] == "image":
+                members.append((f"{index}.png", (tmp_path / part["image"]).read_bytes()))
+                part["image"] = "png"
+        members.append((f"{index}.json", json.dumps(sample).encode()))
+    shard, processor = open_source(write_shard(tmp_path / "x.tar", *members)), create_processor("kimi-vl-tiny")
+    plain = open_source(lines)
+    assert len(shard) == len(plain) == 6
+    for index in range(6):
+        one, two = (processor(source[index]["messages"], labels=True) for source in (plain, shard))
+        assert torch.equal(one.ids.tokens, two.ids.tokens)
+        assert (one.patches is None) == (two.patches is None) == (index % 3 == 0)
+        assert one.patches is None or two.patches is None or torch.equal(one.patches.tokens, two.patches.tokens)
 
 
 def test_shards_differ_by_their_members(tmp_path: Path) -> None:
