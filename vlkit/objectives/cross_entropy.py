@@ -4,6 +4,13 @@
 
 The gradient of a chunk's logits is known as soon as the logits are, so it is folded into the gradients of the hidden rows and of
 the head at once, and the logits are dropped: the peak is one chunk, not tokens x vocab.
+
+torch 2.14 has `torch.nn.functional.linear_cross_entropy`, which the tests compare this with. It is not used, because weights per
+token would need its unreduced form, which computes all logits again in the backward (1.3 to 1.6 times the time), it has no
+z-loss, multiplies rows without a target too, and older versions of torch have none. Measured on one thread of a CPU, 1024 tokens,
+width 256, chunks of 256 rows, both given the sum to compute: at vocabulary 32k 0.79 s here and 0.85 s there; at 152k with 512
+tokens 2.14 s and 2.15 s. Memory above the inputs at 152k: in fp32 301 MB both (1785 MB with logits in full), in bf16 373 MB here
+and 821 MB there. In bf16 its sum is rounded to bf16.
 """
 
 from __future__ import annotations
