@@ -134,14 +134,14 @@ def generate(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A .toml or .json file; see docs/distributed.md.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A .toml or .json file; see docs/training.md.")],
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on from the newest checkpoint of the run, if there is one.")
     ] = True,
     run: Annotated[Path | None, typer.Option(help="Folder of the run, instead of the one that CONFIG names.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the run, instead of what CONFIG says.")] = None,
 ) -> None:
-    """Train a model as a file says, on one process or under torchrun.
+    """Train a model as a file says, stage after stage, on one process or under torchrun.
 
     torchrun --nproc-per-node 8 -m vlkit train CONFIG runs the same on 8 ranks. Run it again and it goes on where it was.
     SIGTERM, SIGUSR1 and Ctrl-C finish the step and save; the exit status is then 75.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,9 @@ def test_a_picture_shows_loss_rates_fill_and_experts(tmp_path: Path) -> None:
 def test_a_run_leaves_event_files_and_a_picture(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = small_config(tmp_path, steps=3, tensorboard=True, picture=True)
+    config = small_config(tmp_path, steps=3, tensorboard=True, picture=True, checkpoints={"every": 1})
+    until(config, 2)
+    shutil.rmtree(Path(config.run) / "checkpoints/step-00000002")  # so that step 2 is told again
     train(config)
     events = EventAccumulator(str(Path(config.run) / "tensorboard"))
     events.Reload()

@@ -26,7 +26,8 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool = False) -> None:
-        self.path = folder / METRICS
+        self.path, self._folder = folder / METRICS, folder / EVENTS
+        self._writer: Any = None
         self._events: Any = None
         if tensorboard:
             try:
@@ -35,13 +36,17 @@ class Metrics:
                 raise MissingDependencyError(
                     "tensorboard = true needs the package tensorboard: pip install 'vlkit[viz]'"
                 ) from error
-            self._events = SummaryWriter(str(folder / EVENTS))
+            self._writer = SummaryWriter
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Add a line; numbers that are not finite become null."""
         finite = {key: _finite(value) for key, value in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
+        if (
+            self._writer is not None and self._events is None
+        ):  # what a run that was killed said of steps to come is void
+            self._events = self._writer(str(self._folder), purge_step=finite["step"])
         if self._events is not None:
             for name, number in _numbers(finite):
                 if name != "step":

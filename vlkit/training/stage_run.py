@@ -264,8 +264,10 @@ class StageRun:
         if row <= self.config.max_skipped_steps and row < self.around.total:
             return
         if progress.untaught_in_a_row:
+            judged = self.config.objective is not None and self.config.objective["kind"] != "next-token"
+            nothing = "nothing to learn from, such as answers that differ" if judged else "no supervised token"
             raise SampleError(
-                f"{progress.untaught_in_a_row} of the last {row} steps, up to step {progress.step}, had no supervised token, and "
+                f"{progress.untaught_in_a_row} of the last {row} steps, up to step {progress.step}, had {nothing}, and "
                 f"none learnt anything; {progress.corrupt_in_a_row} of their "
                 f"{progress.samples_in_a_row} samples were corrupt. Look at the paths of the "
                 "images and at data.max_tokens; data.corrupt = 'refuse' names file, line and reason of the first sample"

@@ -96,7 +96,6 @@ def backward(
             count[0] = bool(items)
             with around():
                 loss, figures = task.loss(model, items, batch.to(ranks.device), totals)
-            count[0] = False  # blocks that are computed again do not count again
             (loss * ranks.size).backward()
             sums.loss = sums.loss + loss.detach().double()
             for name, value in figures.items():
