@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from PIL import Image
 
 import vlkit
 from tests.training.conversations import image, says
-from tests.training.samples import small_config
-from vlkit.errors import ConfigError
-from vlkit.training.build import describe_model, make_optimizer, open_sources
+from tests.training.samples import small_config, write_samples
+from vlkit.errors import ConfigError, SampleError
+from vlkit.training.build import describe_model, make_optimizer, make_reader, open_sources
 from vlkit.training.ranks import Ranks
+from vlkit.training.reader import Reader
+from vlkit.training.tasks.next_token import NextToken, NextTokenOptions
+from vlkit.training.tasks.task import Item, Setup
 
 
 def test_a_model_that_torch_cannot_describe_is_refused(tmp_path: Path) -> None:
@@ -59,3 +63,46 @@ def test_groundings_of_one_image_are_one_sample_where_the_config_says_so(tmp_pat
     assert joined.fingerprint() != opened().fingerprint()
     with pytest.raises(ConfigError, match="joined up to max_tokens; set it"):
         opened(join_groundings=True, max_tokens=None)
+
+
+@cache
+def tiny() -> Any:
+    return vlkit.create_model("kimi-vl-tiny")
+
+
+def opened_reader(folder: Path, data: dict[str, Any], **changes: Any) -> Reader[Item]:
+    """The reader of a config over `streams` or the samples of `folder`."""
+    files = {} if "streams" in data else {"files": [str(folder / "train.jsonl")]}
+    config = small_config(folder, data={**files, "workers": 0, **data}, **{"micro_batch": None, **changes})
+    processor, alone = vlkit.create_processor("kimi-vl-tiny"), Ranks(0, 1, torch.device("cpu"))
+    task = NextToken(NextTokenOptions(), Setup(tiny(), processor, config, alone, tiny))
+    return make_reader(config, open_sources(config, processor), task, tiny(), alone, seed=0)
+
+
+def test_what_is_too_long_is_left_out_where_the_config_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SampleError, match=r"more than data\.max_tokens = 100"):
+        opened_reader(tmp_path, {"max_tokens": 100}, batch=13).read(0.0)
+    share = opened_reader(tmp_path, {"max_tokens": 100, "too_long": "skip"}, batch=13).read(0.0)
+    assert 0 < share.corrupt < 13 == share.samples
+
+
+def test_streams_are_mixed_by_the_shares_of_the_config(tmp_path: Path) -> None:
+    write_samples(tmp_path / "other", 5)
+    lines = [str(write_samples(tmp_path)), str(tmp_path / "other" / "train.jsonl")]
+    streams = [{"name": str(i), "files": [lines[i]], "share": (0.9, 0.1)[i]} for i in (0, 1)]
+    reader = opened_reader(tmp_path, {"streams": streams}, batch=40)
+    reader.read(0.0)
+    tokens = reader.state_dict()["draws"]["tokens"]
+    assert abs(tokens[1] / sum(tokens) - 0.1) < 0.04
+
+
+def test_forwards_keep_to_the_budgets_of_the_config(tmp_path: Path) -> None:
+    """Of one kind or the other; of patches too."""
+
+    def most(name: str, data: dict[str, Any], **changes: Any) -> int:
+        packs = opened_reader(tmp_path, data, batch=13, **changes).read(0.0).packs
+        return max(sum(getattr(item, name) for item in pack) for pack in packs)
+
+    assert 200 < most("num_tokens", {"pack_tokens": 300}) <= 300
+    assert 300 < most("num_tokens", {}, micro_batch_tokens=400) <= 400
+    assert most("num_patches", {"pack_tokens": 9999, "pack_patches": 250}) <= 250

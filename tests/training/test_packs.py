@@ -151,7 +151,12 @@ def test_packs_of_a_stream_lose_nothing_and_keep_the_budget(
 def test_no_sample_of_a_stream_waits_for_ever() -> None:
     """Nothing fits beside the first, and all that come later are fuller."""
     packer: StreamingPacker[int] = StreamingPacker(100, open_rows=3, patience=20)
-    packs = [pack for key, tokens in enumerate([51] + [60] * 40) for pack in packer.add(key, tokens)]
+    packs = []
+    for key, tokens in enumerate([51] + [60] * 40):
+        packs += packer.add(key, tokens)
+        state = packer.state_dict()
+        packer = StreamingPacker(100, open_rows=3, patience=20)
+        packer.load_state_dict(state)
     assert packs.index([0]) + 4 == 22  # of 3 rows that wait; it is gone with the sample after its 20th
     assert packs[:3] == [[1], [2], [3]]
 
@@ -168,11 +173,11 @@ def test_a_stream_goes_where_it_leaves_the_least_room_and_the_fullest_row_leaves
 
 
 def test_room_is_what_is_left_of_both_budgets() -> None:
-    """Beside b three tokens stay free and eight patches; beside a four tokens, but no patch: a is the fuller one."""
-    packer: StreamingPacker[str] = StreamingPacker(10, 10, open_rows=2)
-    assert packer.add("a", 5, 9) == packer.add("b", 6, 2) == packer.add("c", 1, 1) == []
+    """Beside b three tokens and three patches stay free; beside a fourteen tokens, but no patch: a is the fuller one."""
+    packer: StreamingPacker[str] = StreamingPacker(20, 10, open_rows=2)
+    assert packer.add("a", 5, 9) == packer.add("b", 16, 6) == packer.add("c", 1, 1) == []
     assert [row["keys"] for row in packer.state_dict()["rows"]] == [["a", "c"], ["b"]]
-    assert packer.add("d", 9, 0) == [["a", "c"]]  # and leaves first
+    assert packer.add("d", 19, 0) == [["a", "c"]]  # and leaves first
     costs = [(60, 60), (10, 90), (10, 10)]  # the last is placed last; the second has no patch left with it
     assert pack(costs, tokens=100, patches=100) == [[0, 2], [1]]
     assert pack(costs, tokens=100, patches=100, method="best-fit") == [[0], [1, 2]]
