@@ -169,7 +169,9 @@ class MirrorDescentOptions(RolloutOptions):
     """Online policy mirror descent, Kimi k1.5, arXiv:2501.12599, section 2.3.
 
     Attributes:
-        tau: Price of leaving the policy that the step began with, in units of reward per nat. The report names none.
+        tau: Price of leaving the policy that the step began with, in units of reward per nat. The report names none. The first
+            mini-batch of a step has not left it yet, so tau acts from the second on: with updates = 1 it is the policy gradient
+            alone, whatever tau is.
         baseline: What rewards are compared with: the "mean" of their group, as in the report; or "log-mean-exp", an estimate of
             tau * log Z, of which the mean is the limit for large tau.
         length_weight: Of the reward for short answers; 0 has none.
