@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd import gradcheck
 
-from tests.ranks import run_ranks
+from tests.objectives.memory import Made
+from tests.ranks import all_of, run_ranks
 from vlkit.errors import ConfigError, LayoutError, RankError
 from vlkit.objectives import SigLIP, repeated_pairs, siglip_loss
 from vlkit.optim import muon_param_groups
@@ -161,7 +162,7 @@ def test_equal_captions_on_one_process_are_marked() -> None:
     assert marked.tolist() == [[False, False, True], [False, False, False], [True, False, False]]
 
 
-def frozen(rank: int) -> Any:
+def learning_apart(rank: int) -> tuple[float, float, bool, str]:
     images, texts, *scalars = inputs(2)
     part = siglip_loss(images, texts.detach(), *scalars, exchange="ring")
     part.backward()
@@ -171,14 +172,39 @@ def frozen(rank: int) -> Any:
         with torch.set_grad_enabled(rank == 0):
             siglip_loss(images, texts, *scalars)
     except RankError as error:
-        return (part.item(), alone.item(), images.grad is not None), str(error)
+        return part.item(), alone.item(), images.grad is not None, str(error)
+    raise AssertionError("nothing was said")
 
 
-def test_ranks_that_would_wait_for_each_other_are_named() -> None:
-    for (part, alone, learns), error in run_ranks(frozen, 2):
+def in_a_subgroup(rank: int) -> tuple[float, int]:
+    """Its part in a ring, and the largest tensor that was made, in elements."""
+    group = dist.new_group([0, 1])
+    images, texts, *scalars = inputs(23)
+    mine = slice(0, 12) if rank == 0 else slice(12, 23)
+    with Made() as made:
+        part = siglip_loss(images[mine], texts[mine], *scalars, exchange="ring", group=group)
+        part.backward()
+    return part.item(), made.largest
+
+
+@pytest.fixture(scope="module")
+def on_two() -> list[Any]:
+    works: list[Any] = [(learning_apart, ()), (in_a_subgroup, ())]
+    return [list(results) for results in zip(*run_ranks(all_of, 2, works), strict=True)]
+
+
+def test_ranks_that_would_wait_for_each_other_are_named(on_two: list[Any]) -> None:
+    for part, alone, learns, error in on_two[0]:
         assert part == pytest.approx(alone, rel=1e-12)
         assert learns
         assert "not on [1]" in error
+
+
+def test_a_ring_holds_pairs_of_two_ranks_at_once(on_two: list[Any]) -> None:
+    """12 and 11 of the 23 pairs are on each: at most 12 x 12 and 11 x 12 numbers, not 12 x 23; in a group of its own."""
+    parts = [part for part, _ in on_two[1]]
+    assert sum(parts) / 2 == pytest.approx(written_out(*inputs(23)).item(), rel=1e-12)
+    assert [largest for _, largest in on_two[1]] == [12 * 12, 11 * 12]
 
 
 def test_the_loss_begins_with_the_temperature_and_bias_of_the_paper() -> None:
