@@ -138,3 +138,17 @@ def test_the_reference_of_a_stage_is_the_model_before_it_and_leaves_no_random_tr
     run(0, halves, (3,))
     same(halves, whole)
     assert [entry.get("margin") for entry in metrics(whole)][:3] == [None, None, 0.0]
+
+
+@pytest.mark.slow
+def test_a_stage_of_a_sharded_model_is_compared_with_the_model_before_it(tmp_path: Path) -> None:
+    """fp64 and FSDP on two ranks, as on one process."""
+    every = all_objectives(tmp_path, "one")
+    chosen = [stage for stage in every.stages if stage["name"] in ("samples", "mpo")]
+    one = every.replace(stages=tuple(chosen), dtype="float64")
+    two = one.replace(run=str(tmp_path / "two"), ranks=one.ranks.replace(sharding="fsdp"))
+    run(0, one, ())
+    run_ranks(run, 2, two, (3,))
+    assert_close(weights(two), weights(one), rtol=0, atol=1e-10)
+    for ours, theirs in zip(metrics(two), metrics(one), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-10)
