@@ -238,3 +238,17 @@ def test_adapters_take_the_dtype_of_their_layers() -> None:
     add_lora(model, EVERYWHERE)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert all(isinstance(layer.base_layer, nn.Linear) for _, layer in lora_layers(model))
+
+
+def test_answers_are_those_of_the_merged_model() -> None:
+    """Also where latent attention reads its cache: the layer with the adapter is more than a matrix there."""
+    model = make(dtype=torch.float64)
+    add_lora(model, LoraOptions(parts=("vision", "llm"), rank=3))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                nn.init.normal_(parameter, std=0.3)
+    batch = random_batch(model)
+    answers = model.generate(batch, max_new_tokens=9, temperature=1.0, seed=3)
+    merge_lora(model)
+    assert model.generate(batch, max_new_tokens=9, temperature=1.0, seed=3) == answers

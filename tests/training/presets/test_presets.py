@@ -142,10 +142,11 @@ def test_a_list_of_stages_is_toml_that_says_what_is_known() -> None:
     stages = [preset(name) for name in ALL]
     found = tomllib.loads(report.toml(stages))["stages"]
     for stage, table in zip(stages, found, strict=True):
-        assert table.pop("name") == stage.name.split("/")[1]
+        assert table.pop("name") == stage.name.replace("/", "-")
         assert table.pop("preset") == stage.name
         assert table == stage.known()
     text = report.toml([preset("kimi-vl/rl")])
+    assert 'name = "rl"' in text
     assert "# objective.tau =    unknown: a strength above 0 that is not stated" in text
     assert "# steps or epochs =" in text
 

@@ -62,14 +62,17 @@ def toml(stages: Sequence[Stage]) -> str:
         "[data]",
         '# files = ["train.jsonl"]',
     ]
-    return "\n".join(head + [line for stage in stages for line in _toml_of(stage)])
+    short = [stage.name.split("/")[1] for stage in stages]
+    whole = [stage.name.replace("/", "-") for stage in stages]  # of several recipes, in which names come twice
+    names = short if len(set(short)) == len(short) else whole
+    return "\n".join(head + [line for stage, name in zip(stages, names, strict=True) for line in _toml_of(stage, name)])
 
 
-def _toml_of(stage: Stage) -> list[str]:
+def _toml_of(stage: Stage, name: str) -> list[str]:
     lines = ["", "", f"# {stage.title}"]
-    for name, entry in stage.about.items():
-        lines += _comment(f"{name}: {_words(entry)} {_origin(entry)}")
-    lines += ["[[stages]]", f'name = "{stage.name.split("/")[1]}"', f'preset = "{stage.name}"']
+    for what, entry in stage.about.items():
+        lines += _comment(f"{what}: {_words(entry)} {_origin(entry)}")
+    lines += ["[[stages]]", f'name = "{name}"', f'preset = "{stage.name}"']
     for path, entry in stage.sets.items():
         if isinstance(entry, Unknown):
             lines += _comment(f"{' or '.join(path.split('|'))} =    unknown: {entry.why}")
