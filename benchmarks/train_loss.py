@@ -90,7 +90,7 @@ def run(repeats: int, tokens: int = 3072, dim: int = 512) -> dict[str, Any]:
         memory[title] = {}
         print(f"\nloss of {tokens} tokens of {dim}, vocabulary {VOCABULARY}, fp32, forward + backward, {title}")
         for name in ways():
-            if name in left_out[title]:  # minutes at this size
+            if name in left_out[title]:
                 continue
             memory[title][name] = peak_bytes(step, name, tokens, dim, VOCABULARY, learns_head) / 2**20
             share = memory[title][name] / memory[title]["full logits"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -146,10 +146,12 @@ def full_logits_loss(ours: VisionLanguageModel, batch: Batch) -> Tensor:
     return F.cross_entropy(logits.float(), next_token_targets(batch.labels, batch.ids.layout))
 
 
-def losses(names: Sequence[str]) -> tuple[dict[str, Callable[[], None]], dict[str, nn.Module], list[Sample]]:
-    """For each name what fills the gradients of its model with those of the mean loss."""
+def losses(
+    names: Sequence[str], num_samples: int = NUM_SAMPLES
+) -> tuple[dict[str, Callable[[], None]], dict[str, nn.Module]]:
+    """For each name what fills the gradients of its model with those of the mean loss; and its model."""
     ours = build()
-    samples = draw_samples(ours)
+    samples = draw_samples(ours, num_samples)
     image = ours.config.image_token_id
     batch = pack(ours, samples)
     count = int((next_token_targets(batch.labels, batch.ids.layout) != -100).sum())  # type: ignore[arg-type]
@@ -183,7 +185,7 @@ def losses(names: Sequence[str]) -> tuple[dict[str, Callable[[], None]], dict[st
                 made[name] = parts([padded([s], image) for s in samples])
             case "transformers, packed by hand":
                 made[name] = parts([packed_by_hand(theirs, samples, image)])
-    return made, models, samples
+    return made, models
 
 
 NAMES = [
@@ -196,8 +198,9 @@ NAMES = [
 ]
 
 
-def agree(made: Mapping[str, Callable[[], None]], models: Mapping[str, nn.Module]) -> float:
+def agree(num_samples: int = 5) -> float:
     """The largest difference of any gradient from vlkit's, of the largest gradient; raises where the work is not the same."""
+    made, models = losses(NAMES, num_samples)
     found: dict[str, dict[str, Tensor]] = {}
     ours: Any = models["vlkit"]
     keys = keys_of(ours.config)
@@ -208,7 +211,6 @@ def agree(made: Mapping[str, Callable[[], None]], models: Mapping[str, nn.Module
         if models[name] is ours:
             gradients = keys.to_theirs(gradients)
         found[name] = {_bare(n): g for n, g in gradients.items()}
-        models[name].zero_grad()
     want = found["vlkit"]
     largest, worst = max(float(g.abs().max()) for g in want.values()), 0.0
     for name, gradients in found.items():
@@ -226,11 +228,12 @@ def _bare(name: str) -> str:
 
 
 def step(name: str) -> Callable[[], None]:
-    made, models, _ = losses([name])
-    return _step(made[name], models[name])
+    """A step whose optimizer has its state already."""
+    made, models = losses([name])
+    return _step(made[name], models[name], with_state=True)
 
 
-def _step(fill: Callable[[], None], model: nn.Module) -> Callable[[], None]:
+def _step(fill: Callable[[], None], model: nn.Module, *, with_state: bool = False) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def run() -> None:
@@ -238,6 +241,11 @@ def _step(fill: Callable[[], None], model: nn.Module) -> Callable[[], None]:
         optimizer.step()
         optimizer.zero_grad()
 
+    if with_state:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
     return run
 
 
@@ -263,9 +271,9 @@ def describe() -> dict[str, Any]:
 def run(repeats: int) -> dict[str, Any]:
     mix = describe()
     print(f"\n{mix}")
-    made, models, _ = losses(NAMES)
-    worst = agree(made, models)  # which also warms all of them up
+    worst = agree()  # which also warms all of them up
     print(f"gradients of all six differ by at most {worst:.1e} of the largest", flush=True)
+    made, models = losses(NAMES)
     timings = compare({n: _step(made[n], models[n]) for n in NAMES}, repeats=repeats, warmup=0)
     print_table("one step", timings, baseline="transformers, padded")
     cpu = {name: statistics.median(timings.cpu_seconds[name]) for name in NAMES}
@@ -284,11 +292,11 @@ def run(repeats: int) -> dict[str, Any]:
 
 
 def run_memory(repeats: int) -> dict[str, Any]:
-    """Beyond weights, gradients and optimizer state of a process that has done one step."""
+    """Beyond weights and optimizer state: activations and gradients."""
     del repeats
     found = {}
     print("\npeak memory of a step beyond weights and optimizer state")
-    for name in NAMES:
-        found[name] = peak_bytes(step, name, warmups=1) / 2**20
+    for name in NAMES[:4]:
+        found[name] = peak_bytes(step, name) / 2**20
         print(f"  {name:34} {found[name]:7.0f} MiB", flush=True)
     return {"mix": describe(), "peak_mib": found}
