@@ -38,7 +38,9 @@ def test_targets_without_a_layer_are_refused(target: str, message: str) -> None:
 def test_stacked_experts_are_refused_by_name() -> None:
     model = vlkit.create_model("qwen3-vl-moe-tiny", device="meta")  # all of its MLPs are experts
     for target in ("up_proj", "experts"):
-        with pytest.raises(ConfigError, match=r"fits only the stacked experts \(llm.blocks.0.*\), which cannot have"):
+        with pytest.raises(
+            ConfigError, match=r"fits only the stacked experts \(llm.blocks.0.*\), whose adapters are not"
+        ):
             add_lora(model, LoraOptions(targets=(target,)))
 
 

@@ -258,8 +258,9 @@ def _refuse_target(model: nn.Module, target: str, parts: Sequence[str], known: M
             name.rpartition(".")[2],
         ):  # fmt: skip
             raise ConfigError(
-                f"LoraOptions.targets: {target!r} fits only the stacked experts ({name} {list(parameter.shape)}), which cannot "
-                "have adapters; the layers of attention and of shared experts can"
+                f"LoraOptions.targets: {target!r} fits only the stacked experts ({name} {list(parameter.shape)}), whose adapters "
+                "are not supported: PEFT would make the whole stack anew in every forward, and the Hub has other names for "
+                "each expert. The layers of attention and of shared experts can have them"
             )
     ends = list(dict.fromkeys(other.rpartition(".")[2] for spellings in known.values() for other in spellings))
     raise ConfigError(
