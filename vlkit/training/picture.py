@@ -44,10 +44,10 @@ def draw_picture(folder: Path) -> Path:
                 axes.axvline(step - 0.5, color="0.6", linewidth=0.8)
                 axes.text(
                     step - 0.5,
-                    1.0,
+                    0.02,
                     f" {stage}",
                     transform=axes.get_xaxis_transform(),
-                    va="top",
+                    va="bottom",
                     color="0.4",
                     fontsize=8,
                 )
