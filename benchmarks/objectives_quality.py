@@ -78,7 +78,11 @@ class Book:
     """The results, kept after every run; a run that is in it is not run again."""
 
     def __init__(self) -> None:
-        self.runs: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.read()
+
+    def read(self) -> None:
+        self.runs |= json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
     def ask(self, name: str, seed: int) -> dict[str, Any]:
         key = f"{name} seed {seed}"
@@ -87,7 +91,9 @@ class Book:
             self.runs.pop(f"{needed} seed {seed}", None)
             self.ask(needed, seed)
         if key not in self.runs:
-            self.runs[key] = run(name, seed)
+            found = run(name, seed)
+            self.read()  # others may run beside this one
+            self.runs[key] = found
             lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(self.runs.items()))
             RESULTS.write_text(f"{{\n{lines}\n}}\n")
             print(f"{key}: {self.runs[key]['held out']}", flush=True)
