@@ -106,9 +106,7 @@ def table(book: Book, seeds: int) -> None:
         found = [row for row in rows if row]
         if not found:
             continue
-        print(
-            f"\n{name}, {len(found)} seeds, {statistics.fmean(row['cpu seconds'] for row in found):.0f} s of CPU each"
-        )
+        print(f"\n{name}, {len(found)} seeds")
         for key in found[0]["held out"]:
             values = [row["held out"][key] for row in found]
             print(f"  {key}: {statistics.fmean(values):.3f} ({', '.join(f'{value:.3f}' for value in values)})")
@@ -202,15 +200,21 @@ def _policy(book: Book, seeds: int) -> Any:
     return figure
 
 
-PICTURES: dict[str, Callable[[Book, int], Any]] = {
-    "contrast": _contrast,
-    "preference": _preference,
-    "policy": _policy,
+PICTURES: dict[str, tuple[tuple[str, ...], Callable[[Book, int], Any]]] = {
+    "contrast": (("contrast",), _contrast),
+    "preference": (("sft", "dpo"), _preference),
+    "policy": (("sft", "grpo", "mirror_descent"), _policy),
 }
 
 
 def plot(book: Book, seeds: int) -> None:
-    for name, draw in PICTURES.items():
+    for name, (needed, draw) in PICTURES.items():
+        missing = [
+            f"{each} seed {seed}" for each in needed for seed in range(seeds) if f"{each} seed {seed}" not in book.runs
+        ]
+        if missing:
+            print(f"{name}: no result of {', '.join(missing)}; run without --plot first")
+            continue
         figure = draw(book, seeds)
         figure.tight_layout()
         path = IMAGES / f"{name}.svg"
