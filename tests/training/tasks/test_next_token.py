@@ -14,11 +14,13 @@ import vlkit
 from tests.ranks import run_ranks
 from tests.training.runs import metrics, weights
 from tests.training.samples import small_config
+from tests.training.tasks.setups import make_task
+from vlkit.errors import SampleError
 from vlkit.models import VisionLanguageModel
 from vlkit.objectives.balance import sequence_balance_loss
 from vlkit.packing import Batch
 from vlkit.training import TrainConfig, train
-from vlkit.training.order import order
+from vlkit.training.order import Draw, order
 from vlkit.training.sources import open_source
 
 ALL: dict[str, Any] = {"z_loss": 1e-2, "sequence_balance": 0.1, "router_z_loss": 1e-2}
@@ -118,3 +120,17 @@ def test_ranks_do_not_change_the_step(tmp_path: Path) -> None:
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-12)
             assert ours["experts"] == theirs["experts"]
             assert ours["balance"] == pytest.approx(theirs["balance"], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ({"image": "cat.png", "text": "a cat"}, "this is a caption: choose objective.kind = contrast"),
+        ({"messages": [], "chosen": [], "rejected": []}, "this is a pair: choose objective.kind = dpo or mpo"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(sample: dict[str, Any], message: str) -> None:
+    task = make_task({"kind": "next-token"}, data={"files": ["unused"], "images_first": 0.5})
+    for made in (task.prepare, task.measure):
+        with pytest.raises(SampleError, match=message):
+            made(sample, Draw(0, 0))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlkit.config import Config
+from vlkit.errors import SampleError
 from vlkit.llm.output import DecoderOutput
 from vlkit.models import VisionLanguageModel
 from vlkit.objectives.balance import router_z_loss, sequence_balance_loss
@@ -17,6 +18,7 @@ from vlkit.objectives.cross_entropy import IGNORE, chunked_cross_entropy, next_t
 from vlkit.objectives.weights import Normalise, token_weights
 from vlkit.packing import Batch
 from vlkit.training.options import Factor
+from vlkit.training.samples import kind_of
 from vlkit.training.tasks.task import Draw, Figures, Item, Setup
 from vlkit.training.writing import Writer
 
@@ -125,6 +127,17 @@ class NextToken:
 
 
 def _conversation(sample: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Messages, images and videos.
+
+    Raises:
+        SampleError: A caption or a pair of answers, of which nothing or too little would be learnt.
+    """
+    kind = kind_of(sample)
+    if kind in ("caption", "pair"):
+        objectives = "contrast" if kind == "caption" else "dpo or mpo"
+        raise SampleError(
+            f"a conversation is expected, and this is a {kind}: choose objective.kind = {objectives} to learn from it"
+        )
     return sample["messages"], sample.get("images"), sample.get("videos")
 
 
