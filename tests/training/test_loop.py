@@ -168,7 +168,9 @@ def test_a_step_without_a_supervised_token_changes_nothing_and_too_many_end_the_
     assert lines[-1].startswith("1 of 2 samples were corrupt")
     assert_close(weights(two), weights(one), rtol=0, atol=0)
     with pytest.raises(
-        SampleError, match=r"3 of the last 3 steps, up to step 4, had no supervised token, .* 3 of their 3 samples"
+        SampleError,
+        match=r"3 of the last 3 steps, up to step 4, had no supervised token, .* 3 of their 3 samples were left out: "
+        r"one of them is .*train\.jsonl, line \d: 'messages' must be",
     ):
         train(small_config(tmp_path, steps=9, max_skipped_steps=2, **options))
     (tmp_path / "train.jsonl").write_text("{}\n")

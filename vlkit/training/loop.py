@@ -158,8 +158,8 @@ class _Run:
         progress = self.progress
         if progress.corrupt_samples:
             self.say(
-                f"{progress.corrupt_samples} of {progress.samples} samples were corrupt and left out; "
-                "data.corrupt = 'refuse' stops at the first and names its file and line"
+                f"{progress.corrupt_samples} of {progress.samples} samples were corrupt or too long and left out; "
+                "data.corrupt and data.too_long = 'refuse' stop at the first and name its file and line"
             )
         return self.result(run.loss, model=model)
 

@@ -140,6 +140,7 @@ class Reader(Generic[ItemT]):
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="samples") if workers else None
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="steps") if workers else None
         self._ahead: Future[_Begun[ItemT]] | None = None
+        self.left_out: str | None = None  # for messages: a sample that was left out, with the reason
         self._state = self._place()
 
     def __enter__(self) -> Reader[ItemT]:
@@ -229,10 +230,7 @@ class Reader(Generic[ItemT]):
             in_a_row = 0
             for row in self._packer.add(planned.as_json(), *planned.cost):
                 return [Planned.from_json(values) for values in row], dropped
-        where = self.sources[planned.draw.stream].where(planned.draw.index)
-        raise SampleError(
-            f"{in_a_row} samples in a row cannot be used, the last is {where}; data.corrupt = 'refuse' says why"
-        )
+        raise SampleError(f"{in_a_row} samples in a row cannot be used; {self.left_out}")
 
     def _drawn(self, progress: float) -> Planned:
         """The next draw, measured where that is needed."""
@@ -272,15 +270,17 @@ class Reader(Generic[ItemT]):
 
     def _usable(self, draw: Draw, make: Callable[[dict[str, Any], Draw], Any]) -> Any:
         """What `make` makes of a draw, or None where the sample is left out."""
-        source = self.sources[draw.stream]
+        source, named = self.sources[draw.stream], True
         try:
-            return make(source[draw.index], Draw(*draw.as_json()))
+            sample = source[draw.index]
+            named = False  # a source names file and line, what comes now does not know them
+            return make(sample, Draw(*draw.as_json()))
         except VlkitError as error:
+            reason = str(error) if named and isinstance(error, SampleError) else f"{source.where(draw.index)}: {error}"
             if self.skip_corrupt or (self.skip_long and isinstance(error, SequenceTooLongError)):
+                self.left_out = f"one of them is {reason}"
                 return None
-            if isinstance(error, SampleError):
-                raise
-            raise SampleError(f"{source.where(draw.index)}: {error}") from error
+            raise SampleError(reason) from error
 
     def _measured(self, sample: dict[str, Any], draw: Draw) -> Cost:
         if self._measure is None:
@@ -293,8 +293,8 @@ class Reader(Generic[ItemT]):
         item = self._make(sample, draw)
         if cost is not None and (item.num_tokens > cost[0] or item.num_patches > cost[1]):
             raise SampleError(
-                f"{self.sources[draw.stream].where(draw.index)}: measured as {cost[0]} tokens and {cost[1]} patches, but it has "
-                f"{item.num_tokens} and {item.num_patches}; a file has changed, or `measure` does not belong to `prepare`"
+                f"measured as {cost[0]} tokens and {cost[1]} patches, but it has {item.num_tokens} and {item.num_patches}; a file "
+                "has changed, or `measure` does not belong to `prepare`"
             )
         return item
 

@@ -266,11 +266,13 @@ class StageRun:
         if progress.untaught_in_a_row:
             judged = self.config.objective is not None and self.config.objective["kind"] != "next-token"
             nothing = "nothing to learn from, such as answers that differ" if judged else "no supervised token"
+            reason = "look at data.labels, and with data.too_long = 'cut' at data.max_tokens"
+            if progress.corrupt_in_a_row:
+                reason = self.reader.left_out or "data.corrupt and data.too_long = 'refuse' name the first"
             raise SampleError(
                 f"{progress.untaught_in_a_row} of the last {row} steps, up to step {progress.step}, had {nothing}, and "
-                f"none learnt anything; {progress.corrupt_in_a_row} of their "
-                f"{progress.samples_in_a_row} samples were corrupt. Look at the paths of the "
-                "images and at data.max_tokens; data.corrupt = 'refuse' names file, line and reason of the first sample"
+                f"none learnt anything; {progress.corrupt_in_a_row} of their {progress.samples_in_a_row} samples were left out: "
+                f"{reason}"
             )
         raise NonFiniteError(
             f"{row} steps in a row had gradients that are not finite, the last is step {progress.step}; weights and state "
