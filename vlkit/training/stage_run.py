@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ from vlkit.training.ranks import Ranks
 from vlkit.training.reader import Reader, StepShare, pack_items
 from vlkit.training.run_stages import Stage
 from vlkit.training.tasks.task import Item, Setup
-from vlkit.training.update import Sums, all_totals, backward
+from vlkit.training.update import Sums, all_totals, autocast, backward
 
 
 @dataclass(frozen=True)
@@ -337,13 +337,6 @@ def learning_rate_factor(config: TrainConfig, total: int, step: int) -> float:
     schedule = config.schedule
     warmup, decay = schedule.steps(total)
     return warmup_decay(step, total=total, warmup=warmup, decay=decay, shape=schedule.shape, final=schedule.final)
-
-
-def autocast(config: TrainConfig, device: torch.device, sharded: bool) -> AbstractContextManager[Any]:
-    """Products in the compute dtype, where that is not the parameters'; a sharded model sees to it itself."""
-    if config.compute_dtype in (None, config.dtype) or sharded:
-        return nullcontext()
-    return torch.autocast(device.type, getattr(torch, config.compute_dtype))
 
 
 def seed_all(seed: int, step: int, rank: int) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from vlkit.models.vlm import Output
 from vlkit.objectives.cross_entropy import IGNORE
 from vlkit.optim.agree import gather_json
 from vlkit.packing import Batch, Layout, Packed
+from vlkit.training.config import TrainConfig
 from vlkit.training.ranks import Ranks
 from vlkit.training.tasks.task import Item, Task
 
@@ -126,6 +127,13 @@ def _counting(model: VisionLanguageModel, sums: Sums) -> Iterator[list[bool]]:
         yield count
     finally:
         handle.remove()
+
+
+def autocast(config: TrainConfig, device: torch.device, sharded: bool) -> AbstractContextManager[Any]:
+    """Products in the compute dtype, where that is not the parameters'; a sharded model sees to it itself."""
+    if config.compute_dtype in (None, config.dtype) or sharded:
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, config.compute_dtype))
 
 
 def blank_batch(model: VisionLanguageModel) -> Batch:

@@ -18,6 +18,7 @@ from vlkit.objectives.log_probs import token_log_probs
 from vlkit.packing import Batch
 from vlkit.training.packs import pack_items
 from vlkit.training.tasks.task import Item, Setup
+from vlkit.training.update import autocast, blank_batch
 
 
 def targets_of(batch: Batch) -> Int[Tensor, " tokens"]:
@@ -49,9 +50,6 @@ def log_probs_of(
         setup: Of the task that asks.
         temperature: That the logits are divided by.
     """
-    from vlkit.training.stage_run import autocast
-    from vlkit.training.update import blank_batch
-
     config, ranks = setup.config, setup.ranks
     packs = pack_items(
         items,

@@ -22,6 +22,7 @@ from vlkit.training.prompts import SuccessRates
 from vlkit.training.rollouts import Answer, answer_batch, answer_seeds, sample_answers
 from vlkit.training.tasks.answers import num_learnt
 from vlkit.training.tasks.task import Draw, Item, Setup
+from vlkit.training.update import autocast
 from vlkit.training.verify import find_verifier, judged
 from vlkit.training.writing import Writer
 
@@ -177,8 +178,6 @@ class Rollouts:
         return Judged(rewards, lengths, groups, masked, progress, own, figures)
 
     def _answers(self, prompts: list[Item], first: int, seed: int) -> list[list[Answer]]:
-        from vlkit.training.stage_run import autocast
-
         options, setup = self.options, self.setup
         found: list[list[Answer]] = []
         for begin in range(0, len(prompts), options.prompts_at_once):
