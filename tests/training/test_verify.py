@@ -5,7 +5,9 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from vlkit.errors import ConfigError, SampleError
 from vlkit.training.verify import boxed, exact, find_verifier, judged, last_boxed, last_number, number
@@ -30,6 +32,16 @@ def question(answer: str) -> dict[str, Any]:
         (".5", Fraction(1, 2)),
         ("\u22122", -2),
         ("none... at all", None),
+        ("about 2e3", 2000),
+        ("1.5E-2.", Fraction(3, 200)),
+        ("1/2e3", Fraction(1, 2000)),
+        ("1,000/2,500.5", Fraction(2000, 5001)),
+        ("2 eggs", 2),
+        ("1e999999999", None),
+        ("1/1e-999999999999999999999", None),
+        ("0e7", 0),
+        ("1/" + "9" * 5000, None),
+        ("9" * 5000, None),
         ("", None),
     ],
 )
@@ -72,7 +84,8 @@ def test_verifiers_are_found_by_name_and_checked() -> None:
     with pytest.raises(ConfigError, match="no verifier 'numbr'; there are exact, number, boxed, mine"):
         find_verifier("numbr", {"mine": mine})
     assert judged(mine, "abc", {}) == 3.0
-    assert judged(lambda text, sample: True, "", {}) == 1.0
-    for value in (None, float("nan"), "1"):
+    for right in (True, np.True_, np.float32(1), np.array(1), torch.tensor(1.0), torch.tensor(True)):
+        assert judged(lambda text, sample, value=right: value, "", {}) == 1.0  # type: ignore[misc]
+    for value in (None, float("nan"), "1", 10**400, 10**5000, np.ones(1), torch.tensor(float("inf"))):
         with pytest.raises(ConfigError, match="gives a finite number"):
             judged(lambda text, sample, value=value: value, "", {})  # type: ignore[misc]

@@ -11,19 +11,27 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from vlkit.errors import ConfigError, SampleError
 
 Verifier = Callable[[str, Mapping[str, Any]], float | bool]
 
-# 12, -3.5, +7, 1,234,567.8, .5 and 3/4; a sign belongs to the number where no digit, letter or bracket stands before it.
+# 12, -3.5, +7, 1,234,567.8, .5, 2e3 and 3/4; a sign belongs to the number where no digit, letter or bracket stands before it.
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+_POWER = r"(?:(?<=\d)[eE][-+\u2212]?\d+)?"
 _NUMBER = re.compile(
-    r"(?:(?<![\w)\].])[-+\u2212])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d)\.?)(?:\s?/\s?\d+)?"
+    rf"(?:(?<![\w)\].])[-+\u2212])?{_WHOLE}?(?:\.\d+|(?<=\d)\.?){_POWER}(?:\s?/\s?{_WHOLE}(?:\.\d+)?{_POWER})?"
 )
+# A model may write 1e999999999, which nobody can hold exactly: what has more digits than these is no number.
+_LONGEST = 1000
 
 
 def exact(text: str, sample: Mapping[str, Any]) -> float:
@@ -78,9 +86,12 @@ def judged(verifier: Verifier, text: str, sample: Mapping[str, Any]) -> float:
     Raises:
         ConfigError: The verifier gives something else than a finite number.
     """
-    reward = verifier(text, sample)
+    found = verifier(text, sample)
+    reward = found.item() if isinstance(found, np.generic | np.ndarray | Tensor) and found.ndim == 0 else found
+    if isinstance(reward, int) and abs(reward) > sys.float_info.max:
+        reward = math.inf
     if not isinstance(reward, int | float) or not math.isfinite(reward):
-        raise ConfigError(f"a verifier gives a finite number, or True or False; found {reward!r} for {text[:80]!r}")
+        raise ConfigError(f"a verifier gives a finite number, or True or False; found {reward!r:.80} for {text[:80]!r}")
     return float(reward)
 
 
@@ -97,7 +108,10 @@ def expected(sample: Mapping[str, Any]) -> str:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The value of the last number in a text; thousands may be set off by commas, and a fraction counts as one number."""
+    """The value of the last number in a text; thousands may be set off by commas, and a fraction counts as one number.
+
+    None where there is no number, or the last one divides by 0 or is too long to be meant.
+    """
     found = [each.group() for each in _NUMBER.finditer(text)]
     numbers = [each for each in found if any(c.isdigit() for c in each)]
     return _value(numbers[-1]) if numbers else None
@@ -118,10 +132,16 @@ def last_boxed(text: str) -> str | None:
 
 
 def _value(text: str) -> Fraction | None:
-    top, _, bottom = text.replace(",", "").replace("\u2212", "-").replace(" ", "").rstrip(".").partition("/")
-    if bottom and not int(bottom):
+    if len(text) > _LONGEST:
         return None
-    return Fraction(Decimal(top.rstrip("."))) / (int(bottom) if bottom else 1)
+    plain = re.sub(r"[,\s]", "", text).replace("\u2212", "-")
+    try:
+        parts = [Decimal(part.rstrip(".")) for part in plain.split("/")]
+    except InvalidOperation:  # its power is beyond that of every decimal
+        return None
+    if any(abs(part.adjusted()) > _LONGEST for part in parts) or (len(parts) > 1 and not parts[1]):
+        return None
+    return Fraction(parts[0]) / (Fraction(parts[1]) if len(parts) > 1 else 1)
 
 
 def _whole_number(text: str) -> Fraction | None:
