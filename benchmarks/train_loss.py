@@ -38,7 +38,7 @@ def torchs(chunk: int | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 def ways() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     made = {"full logits": full}
-    made |= {f"vlkit, {chunk} tokens": own(chunk) for chunk in (1024, 256)}
+    made |= {f"vlkit, {chunk} tokens": own(chunk) for chunk in (512, 256)}
     if hasattr(F, "linear_cross_entropy"):
         made |= {"torch, 256 tokens": torchs(256), "torch, its own chunks": torchs(None)}
     return made

@@ -80,7 +80,7 @@ class VLMConfig(Config):
     ticks_per_second: Positive | None = None
     hub_inputs: HubInputs = HubInputs()
     family: str | None = None
-    loss_chunk: Size = 1024
+    loss_chunk: Size = 512
 
     def check(self) -> None:
         parts: dict[str, Any] = {kind: getattr(self, kind) for kind in KINDS}

@@ -25,7 +25,7 @@ def caption_loss(
     targets: Int[Tensor, " tokens"],
     num_targets: float | Tensor,
     *,
-    chunk: int = 1024,
+    chunk: int = 512,
 ) -> Float[Tensor, ""]:
     """This pack's part of the mean over all caption tokens of a step: the parts of all packs and ranks add up to it.
 

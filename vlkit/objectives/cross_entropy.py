@@ -50,7 +50,7 @@ def chunked_cross_entropy(
     *,
     weights: Float[Tensor, " tokens"] | None = None,
     z_coefficient: float = 0.0,
-    chunk: int = 1024,
+    chunk: int = 512,
 ) -> tuple[Float[Tensor, ""], int]:
     """The weighted sum of the cross-entropies of the tokens that have a target, and how many they are.
 

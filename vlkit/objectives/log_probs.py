@@ -34,7 +34,7 @@ def token_log_probs(
     targets: Tensor,
     *,
     temperature: float = 1.0,
-    chunk: int = 1024,
+    chunk: int = 512,
     entropy: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -46,14 +46,14 @@ def token_log_probs(
     targets: Tensor,
     *,
     temperature: float = 1.0,
-    chunk: int = 1024,
+    chunk: int = 512,
     entropy: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
 def token_log_probs(
-    hidden: Tensor, head: Tensor, targets: Tensor, *, temperature: float = 1.0, chunk: int = 1024, entropy: bool
+    hidden: Tensor, head: Tensor, targets: Tensor, *, temperature: float = 1.0, chunk: int = 512, entropy: bool
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -63,7 +63,7 @@ def token_log_probs(
     targets: Int[Tensor, " tokens"],
     *,
     temperature: float = 1.0,
-    chunk: int = 1024,
+    chunk: int = 512,
     entropy: bool = False,
 ) -> Float[Tensor, " tokens"] | tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
     """log p(target) of every token, with p = softmax(hidden @ head^T / temperature), in nats; 0 where there is no target.
