@@ -46,4 +46,6 @@ def small_config(folder: Path, **changes: Any) -> TrainConfig:
         "log_every": 1,
         "picture": False,  # matplotlib takes as long as the run
     }
+    if "packs" in changes:
+        del values["batch"], values["micro_batch"]
     return TrainConfig.from_dict({**values, **changes})

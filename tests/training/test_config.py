@@ -56,11 +56,33 @@ def test_paths_are_seen_from_the_file(tmp_path: Path) -> None:
         ({"compute_dtype": "float64"}, "compute_dtype: 'float64' with dtype = 'float32' is not possible"),
         ({"dtype": "bfloat16", "compute_dtype": "float32"}, "goes with dtype = 'float32'"),
         ({"run": ""}, "run: expected a path, found ''"),
+        ({"objective": "dpo"}, "objective: expected a table with kind, found 'dpo'"),
         ({"objective": {"kind": "next-tokens"}}, "there is no 'next-tokens'; did you mean 'next-token'"),
         ({"objective": {"kind": "next-token", "z_loss": -1.0}}, "z_loss: -1.0 is below 0"),
         ({"train": []}, "train: nothing is named"),
         ({"packs": 2}, "packs of how many tokens"),
-        ({"packs": 2, "data": {"files": ["a"], "pack_tokens": 9}}, "micro_batch: data.pack_tokens already says"),
+        (
+            {"packs": 2, "micro_batch": 2, "data": {"files": ["a"], "pack_tokens": 9}},
+            "micro_batch: data.pack_tokens already says",
+        ),
+        ({"packs": 2, "batch": 5, "data": {"files": ["a"], "pack_tokens": 9}}, "either batch samples or packs packs"),
+        ({"objective": {"kind": "contrast"}}, "micro_batch: contrast takes all samples of a rank in one forward"),
+        (
+            {"objective": {"kind": "contrast"}, "micro_batch": None, "micro_batch_tokens": 9},
+            "micro_batch_tokens: contrast takes all samples",
+        ),
+        (
+            {"objective": {"kind": "contrast"}, "micro_batch": None, "data": {"files": ["a"], "pack_tokens": 9}},
+            "data.pack_tokens: contrast takes all samples",
+        ),
+        (
+            {"objective": {"kind": "contrast"}, "micro_batch": None, "data": {"files": ["a"], "images_first": 0.5}},
+            "images_first: contrast shows the image first in any case",
+        ),
+        (
+            {"objective": {"kind": "dpo"}, "data": {"files": ["a"], "join_groundings": True, "max_tokens": 9}},
+            "join_groundings: samples of dpo are no conversations",
+        ),
         (
             {"micro_batch_tokens": 8, "data": {"files": ["a"], "pack_tokens": 9}},
             "micro_batch_tokens: data.pack_tokens already says",

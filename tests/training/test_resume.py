@@ -64,7 +64,12 @@ def all_objectives(folder: Path, name: str, workers: int = 0) -> TrainConfig:
             "data": {"pack_tokens": 300, "images_first": 0.5},
             "objective": {"kind": "next-token", "normalise": "square", "sequence_balance": 0.01},
         },
-        {"name": "contrast", "data": {"files": [files["captions"]]}, "objective": {"kind": "contrast", **texts}},
+        {
+            "name": "contrast",
+            "micro_batch": None,
+            "data": {"files": [files["captions"]]},
+            "objective": {"kind": "contrast", **texts},
+        },
         {"name": "dpo", "data": {"files": [files["pairs"]]}, "objective": {"kind": "dpo"}},
         {"name": "mpo", "data": {"files": [files["pairs"]]}, "objective": {"kind": "mpo"}},
         {

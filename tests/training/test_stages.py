@@ -41,7 +41,7 @@ def test_a_stage_changes_the_fields_that_it_names_and_no_other(tmp_path: Path) -
     found = dict(base.replace(stages=stages).resolved_stages())
     assert found["one"] == base.replace(optimizer=base.optimizer.replace(lr=1e-4), epochs=2.0, steps=None)
     data = base.data.replace(pack_tokens=90)
-    assert found["two"] == base.replace(packs=2, batch=32, data=data, micro_batch=None)
+    assert found["two"] == base.replace(packs=2, batch=None, data=data, micro_batch=None)
     assert found["three"].task[0] == base.replace(objective=stages[2]["objective"]).task[0]
     assert found["four"].objective == {"kind": "dpo", "beta": 0.3}
     assert base.resolved_stages() == [("", base)]

@@ -216,7 +216,7 @@ def make_reader(
         make_draws(data, sources, task, seed=seed),
         prepare,
         measure=task.measure,
-        batch=None if config.packs else config.batch,
+        batch=config.samples_per_step,
         packs=config.packs,
         pack_tokens=data.pack_tokens if config.packs else None,
         pack_patches=data.pack_patches if config.packs else None,

@@ -72,7 +72,7 @@ class TrainConfig(Config):
         data: On what.
         steps: Length of the run in steps; or
         epochs: in rounds through the data.
-        batch: Samples per step, over all ranks.
+        batch: Samples per step, over all ranks; 32 where neither this nor packs is given.
         packs: Packs of `data.pack_tokens` per step, over all ranks, instead of `batch` samples.
         micro_batch: Most samples of one forward on one rank; None takes all that the rank has.
         micro_batch_tokens: Most tokens of one forward on one rank, where more than one sample is in it.
@@ -115,7 +115,7 @@ class TrainConfig(Config):
     data: DataSource
     steps: Size | None = None
     epochs: Positive | None = None
-    batch: Size = 32
+    batch: Size | None = None
     packs: Size | None = None
     micro_batch: Size | None = None
     micro_batch_tokens: Size | None = None
@@ -159,10 +159,6 @@ class TrainConfig(Config):
                 f"TrainConfig.compute_dtype: {self.compute_dtype!r} with dtype = {self.dtype!r} is not possible; "
                 "compute_dtype = 'bfloat16' goes with dtype = 'float32', and without it products have the dtype of the parameters"
             )
-        if self.objective is not None:
-            from vlkit.training.tasks import read_objective  # here, because it imports torch
-
-            read_objective(self.objective)
         if self.max_positions is not None and self.rope_theta is None:
             raise ConfigError("TrainConfig.max_positions: more positions go with another rope_theta; set both")
         if self.train is not None and not self.train:
@@ -171,15 +167,44 @@ class TrainConfig(Config):
             raise ConfigError("TrainConfig.lora: adapters are not sharded; set ranks.sharding = 'zero1'")
         if self.packs is not None and self.data.pack_tokens is None:
             raise ConfigError("TrainConfig.packs: packs of how many tokens? set data.pack_tokens")
+        if self.packs is not None and self.batch is not None:
+            raise ConfigError("TrainConfig.batch: a step is either batch samples or packs packs; give one of the two")
         for field in ("micro_batch", "micro_batch_tokens"):
             if getattr(self, field) and (self.packs or (self.data.pack_tokens and field == "micro_batch_tokens")):
                 raise ConfigError(
                     f"TrainConfig.{field}: data.pack_tokens already says what one forward takes; leave {field} away"
                 )
+        self._check_objective()
         if self.stages:
             self.resolved_stages()  # checks each of them
         else:
             self._check_length()
+
+    def _check_objective(self) -> None:
+        """Refuse what the objective would not look at."""
+        if self.objective is None:
+            return
+        _, task = self.task
+        kind, data = self.objective["kind"], self.data
+        forwards = {
+            "micro_batch": self.micro_batch,
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "data.pack_tokens": None if self.packs else data.pack_tokens,
+        }
+        for field, value in forwards.items():
+            if value is not None and getattr(task, "one_pack", False):
+                raise ConfigError(
+                    f"TrainConfig.{field}: {kind} takes all samples of a rank in one forward, because it compares them with each "
+                    f"other; leave {field} away, and choose batch"
+                )
+        if data.join_groundings and kind != "next-token":
+            raise ConfigError(
+                f"TrainConfig.data.join_groundings: samples of {kind} are no conversations that could be joined; leave it away"
+            )
+        if data.images_first and kind == "contrast":
+            raise ConfigError(
+                "TrainConfig.data.images_first: contrast shows the image first in any case; leave it away"
+            )
 
     def _check_length(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -208,6 +233,11 @@ class TrainConfig(Config):
         if found[0][1].keep_state:
             raise ConfigError(f"stage {found[0][0]!r}: keep_state: no stage is before it whose state could be kept")
         return found
+
+    @property
+    def samples_per_step(self) -> int | None:
+        """Over all ranks; None where steps are of packs."""
+        return None if self.packs else self.batch or 32
 
     @cached_property
     def task(self) -> tuple[Config, Make]:

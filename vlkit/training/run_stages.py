@@ -49,7 +49,7 @@ def open_stages(config: TrainConfig, processor: Processor) -> list[Stage]:
         if key not in known:
             known[key] = open_sources(own, processor)
         sources = known[key]
-        steps = own.steps or math.ceil((own.epochs or 0) * len(sources[0]) / own.batch)
+        steps = own.steps or math.ceil((own.epochs or 0) * len(sources[0]) / (own.samples_per_step or 1))
         before = stages[-1].before + stages[-1].steps if stages else 0
         stages.append(Stage(number, name, own, sources, steps, before))
     return stages
