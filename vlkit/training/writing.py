@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from vlkit.errors import SequenceTooLongError
+from vlkit.errors import ConfigError, SequenceTooLongError
 from vlkit.packing import Batch
 from vlkit.processing import LabelRule, Processor
 from vlkit.training.resolution import ResolutionSchedule
@@ -28,7 +28,11 @@ class Writer:
         images_first: How often the images of a sample are moved to its front, from 0 to 1.
         limits: Most tokens of a conversation, and what says so: ((4096, "data.max_tokens = 4096"), ...).
         too_long: What happens to one with more: "refuse" raises, "cut" cuts it at its end.
+        whole: Why it may not be cut; "" where it may.
         resolution: How many pixels an image may have; None leaves it to the processor.
+
+    Raises:
+        ConfigError: It is to be cut, and may not be.
     """
 
     def __init__(
@@ -39,15 +43,22 @@ class Writer:
         images_first: float = 0.0,
         limits: Sequence[tuple[int, str]] = (),
         too_long: Literal["refuse", "cut"] = "refuse",
+        whole: str = "",
         resolution: ResolutionSchedule | None = None,
     ) -> None:
+        if whole and too_long == "cut":
+            raise ConfigError(f"{whole}: set data.too_long to 'refuse' or 'skip', not to 'cut'")
         self.processor, self.labels, self.images_first = processor, labels, images_first
-        self.too_long, self.resolution = too_long, resolution
+        self.too_long, self.whole, self.resolution = too_long, whole, resolution
         self.limits = sorted(limits)[:1]  # the lowest decides
 
     @classmethod
-    def of(cls, setup: Setup) -> Writer:
-        """By the rules of a stage's config."""
+    def of(cls, setup: Setup, whole: str = "") -> Writer:
+        """By the rules of a stage's config.
+
+        Raises:
+            ConfigError: They ask for cuts, and `whole` says why there can be none.
+        """
         data, positions = setup.config.data, setup.model.llm.config.max_positions
         limits = [(data.max_tokens, f"data.max_tokens = {data.max_tokens}")] if data.max_tokens else []
         limits += [(positions, f"the {positions} positions of the decoder")] if positions else []
@@ -57,6 +68,7 @@ class Writer:
             images_first=data.images_first,
             limits=limits,
             too_long="cut" if data.too_long == "cut" else "refuse",
+            whole=whole,
             resolution=setup.config.resolution,
         )
 
@@ -109,8 +121,9 @@ class Writer:
         """How many tokens of a conversation stay."""
         for limit, name in self.limits:
             if tokens > limit and self.too_long == "refuse":
+                cuts = "" if self.whole else "cut such samples with data.too_long = 'cut', or "
                 raise SequenceTooLongError(
-                    f"{tokens} tokens, more than {name}; cut such samples with data.too_long = 'cut', or leave them out with "
+                    f"{tokens} tokens, more than {name}; {cuts}leave {'such samples' if self.whole else 'them'} out with "
                     "data.too_long = 'skip'"
                 )
             tokens = min(tokens, limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from PIL import Image
 from torch.nn.functional import logsigmoid
 
 from tests.training.tasks.setups import gradients, joined, make_task, model_of, prepared, token_log_probs
-from vlkit.errors import ConfigError, SampleError
+from vlkit.errors import ConfigError, SampleError, SequenceTooLongError
+from vlkit.packing import Batch
 from vlkit.training.order import Draw
 from vlkit.training.update import blank_batch
 
@@ -116,5 +118,36 @@ def test_of_a_conversation_only_the_last_answer_is_compared(rule: dict[str, Any]
 def test_what_is_no_pair_is_refused() -> None:
     with pytest.raises(SampleError, match="a pair is expected"):
         make_task({"kind": "dpo"}).prepare({"messages": [{"role": "user", "content": "?"}], "answer": "1"}, Draw(0, 0))
+    with pytest.raises(ConfigError, match=r"set data\.too_long to 'refuse' or 'skip', not to 'cut'"):
+        make_task({"kind": "dpo"}, data={"files": ["unused"], "max_tokens": 9, "too_long": "cut"})
+    with pytest.raises(ConfigError, match=r"lora\.dropout = 0\.1: this objective compares log-probs"):
+        make_task({"kind": "mpo"}, lora={"dropout": 0.1})
     with pytest.raises(ConfigError, match="pairs compare answers"):
         make_task({"kind": "dpo"}, data={"files": ["unused"], "labels": {"on": "all"}})
+
+
+def test_pairs_that_teach_nothing_are_refused() -> None:
+    """Their gradient is 0 but for roundings, which Muon would make full steps of."""
+    task = make_task({"kind": "dpo"})
+    for text in ("same", ""):
+        with pytest.raises(SampleError, match="'chosen' and 'rejected' are the same tokens"):
+            task.prepare({**samples()[0], "chosen": said(text), "rejected": said(text)}, Draw(0, 0))
+    write = task.writer.batch
+
+    def silent(messages: list[dict[str, Any]], *rest: Any, **options: Any) -> Batch:  # a template without an end
+        batch = write(messages, *rest, **options)
+        return (
+            batch
+            if messages[-1]["content"]
+            else replace(batch, labels=torch.full((batch.ids.layout.num_tokens,), -100))
+        )
+
+    task.writer.batch = silent
+    with pytest.raises(SampleError, match="'rejected' has no token that is learnt"):
+        task.prepare({**samples()[0], "rejected": said("")}, Draw(0, 0))
+
+
+def test_a_pair_that_is_too_long_is_not_told_to_be_cut() -> None:
+    task = make_task({"kind": "dpo"}, data={"files": ["unused"], "max_tokens": 9})
+    with pytest.raises(SequenceTooLongError, match=r"tokens = 9; leave such samples out with data\.too_long = 'skip'"):
+        task.measure(samples()[2] | {"chosen": said("far too long")}, Draw(0, 0))

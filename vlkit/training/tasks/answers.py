@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vlkit.errors import ConfigError
 from vlkit.llm.output import DecoderOutput
 from vlkit.models import VisionLanguageModel
 from vlkit.objectives.cross_entropy import IGNORE, next_token_targets
@@ -19,6 +20,20 @@ from vlkit.packing import Batch
 from vlkit.training.packs import pack_items
 from vlkit.training.tasks.task import Item, Setup
 from vlkit.training.update import autocast, blank_batch
+
+
+def refuse_dropout(setup: Setup) -> None:
+    """Refuse what makes two forwards of the same weights differ: the difference would pass for something learnt.
+
+    Raises:
+        ConfigError: Adapters with dropout.
+    """
+    lora = setup.config.lora
+    if lora is not None and lora.dropout:
+        raise ConfigError(
+            f"lora.dropout = {lora.dropout}: this objective compares log-probs of answers with those of another forward, which "
+            "would drop other inputs; set lora.dropout = 0"
+        )
 
 
 def targets_of(batch: Batch) -> Int[Tensor, " tokens"]:

@@ -22,7 +22,7 @@ from vlkit.objectives.segments import segment_sum
 from vlkit.packing import Batch
 from vlkit.training.options import Factor
 from vlkit.training.reflection import as_prompt
-from vlkit.training.tasks.answers import learnt, log_probs_of, targets_of
+from vlkit.training.tasks.answers import learnt, log_probs_of, num_learnt, refuse_dropout, targets_of
 from vlkit.training.tasks.task import Draw, Figures, Item, Setup
 from vlkit.training.writing import Writer
 
@@ -61,7 +61,7 @@ class Preference:
     before the step's loss: it depends neither on packs nor on ranks. Where BCO has a weight, that costs a forward.
 
     Raises:
-        ConfigError: The data's labels are to be of prompts too.
+        ConfigError: The data's labels are to be of prompts too, pairs are to be cut, or adapters drop inputs.
     """
 
     modules = None
@@ -69,14 +69,17 @@ class Preference:
     resets_optimizer = False
 
     def __init__(self, options: DPOOptions | MPOOptions, setup: Setup) -> None:
-        self.options, self.setup, self.writer = options, setup, Writer.of(setup)
+        self.options, self.setup = options, setup
+        self.writer = Writer.of(setup, whole="what is cut from one answer of a pair would count for the other")
         self.shift = RewardShift()
+        refuse_dropout(setup)
         if setup.config.data.labels.on == "all":
             raise ConfigError("pairs compare answers, not their prompts: data.labels.on = 'all' does not go with them")
 
     def prepare(self, sample: dict[str, Any], draw: Draw) -> Item:
         sample, pixels = self.writer.drawn(sample, draw)
         sides = [self.writer.batch(side, **beside, max_pixels=pixels) for side, beside in _sides(sample)]
+        _check_sides(sides)
         return Item(Batch.concat(sides))
 
     def measure(self, sample: dict[str, Any], draw: Draw) -> tuple[int, int]:
@@ -159,3 +162,17 @@ def _sides(sample: dict[str, Any]) -> list[tuple[list[Any], dict[str, Any]]]:
     prompt = as_prompt(sample["messages"])
     beside = {name: sample.get(name) for name in ("images", "videos", "tools")}
     return [([*prompt, *sample[side]], beside) for side in ("chosen", "rejected")]
+
+
+def _check_sides(sides: list[Batch]) -> None:
+    """Refuse a pair that teaches nothing: its gradient would be roundings, which an optimizer may scale up to full steps.
+
+    Raises:
+        SampleError: An answer without a token that is learnt, or the same answer twice.
+    """
+    for name, side in zip(("chosen", "rejected"), sides, strict=True):
+        if not num_learnt(side):
+            raise SampleError(f"{name!r} has no token that is learnt: a pair compares two answers")
+    chosen, rejected = (side.ids.tokens for side in sides)
+    if torch.equal(chosen, rejected):
+        raise SampleError("'chosen' and 'rejected' are the same tokens: such a pair teaches nothing")
