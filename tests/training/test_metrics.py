@@ -16,7 +16,7 @@ from tests.training.samples import small_config
 from vlkit.errors import MissingDependencyError
 from vlkit.training import train
 from vlkit.training.metrics import Metrics, read_metrics, trim_metrics
-from vlkit.training.picture import draw_picture
+from vlkit.training.picture import beginnings, draw_picture, panels
 
 LINES: list[dict[str, Any]] = [
     {"stage": "a", "step": 1, "loss": 2.0, "rates": {"llm": 1e-3}, "token_fill": 0.9},
@@ -98,11 +98,30 @@ def test_what_is_missing_is_said_with_the_way_to_get_it(tmp_path: Path, monkeypa
         train(small_config(tmp_path, run=str(tmp_path / "b"), tensorboard=True))
 
 
+def test_a_picture_marks_where_stages_begin_breaks_lines_where_parts_rest_and_joins_equal_ones() -> None:
+    rates = [
+        ("a", 20, {"vision": 3e-4, "projector": 3e-4}),
+        ("b", 40, {"llm": 1e-4}),
+        ("b", 60, {"vision": 2e-4, "projector": 2e-4}),
+    ]
+    entries = [
+        {"stage": stage, "step": step, "loss": None, "reward": step / 100, "rates": r} for stage, step, r in rates
+    ]
+    assert beginnings(entries) == [(0.5, "a"), (20.5, "b")]
+    assert dict(panels(entries)) == {
+        "answers": {"reward": [(20, 0.2), (40, 0.4), (60, 0.6)]},
+        "learning rate": {
+            "llm": [(20, None), (40, 1e-4), (60, None)],
+            "projector, vision": [(20, 3e-4), (40, None), (60, 2e-4)],
+        },
+    }
+
+
 @pytest.mark.slow
 def test_a_picture_shows_loss_rates_fill_and_experts(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
     text = draw_picture(tmp_path).read_text()
-    for said in ("loss", "learning rate", "fill of the packs", "experts", "without a token", " a<", " b<"):
+    for said in ("loss", "learning rate", "fill of the packs", "experts", "without a token", ">a<", ">b<", "tokens"):
         assert said in text
     assert draw_picture(tmp_path).read_text() == text
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
