@@ -101,7 +101,7 @@ def freeze_parts(model: nn.Module, config: TrainConfig) -> None:
     """What the config freezes records no gradients, all else does.
 
     Of the names that fit a parameter, in `train`, `optimizer.freeze` and `optimizer.thaw`, the one with most words decides. In
-    parts with adapters only these can learn.
+    parts with adapters only these can learn; where `train` does not say what learns, they are all of the model that does.
 
     Args:
         model: The model, or it and the modules of the task. Of the model alone, names of the task are not looked at.
@@ -110,9 +110,13 @@ def freeze_parts(model: nn.Module, config: TrainConfig) -> None:
         ConfigError: A part that is not there, or nothing is left to train.
     """
     options = config.optimizer
-    trained = [*(("",) if config.train is None else config.train), *options.thaw]
-    frozen = [*options.freeze, *(() if config.train is None or "" in config.train else ("",))]
+    train = config.train
+    if train is None:
+        train = ("",) if config.lora is None else config.lora.parts
+    trained, frozen = [*train, *options.thaw], [*options.freeze, *(() if "" in train else ("",))]
     has_task = TASK in dict(model.named_children())
+    if has_task and config.train is None:
+        trained.append(TASK)
     about_task = [name for name in trained if name.split(".")[0] == TASK]
     if not has_task:
         trained, frozen = ([name for name in names if name.split(".")[0] != TASK] for names in (trained, frozen))
@@ -125,22 +129,31 @@ def freeze_parts(model: nn.Module, config: TrainConfig) -> None:
         raise ConfigError("OptimizerOptions.freeze: all parts are frozen, nothing is left to train")
 
 
-def trained_parts(
-    model: VisionLanguageModel, modules: nn.Module | None, config: TrainConfig, ranks: Ranks
-) -> nn.Module:
-    """The model, or its parts beside the modules of the task, under the name "task"; frozen and in training as is asked for.
+def with_modules(model: VisionLanguageModel, modules: nn.Module | None, config: TrainConfig, ranks: Ranks) -> nn.Module:
+    """The model, or its parts beside the modules of the task, under the name "task".
 
     Raises:
         ConfigError: Modules of a task go with a model whose parts are sharded.
     """
-    whole: nn.Module = model
+    if modules is None:
+        return model
+    if config.ranks.sharding == "fsdp" and ranks.group is not None:
+        raise ConfigError("this objective has modules of its own, which are not sharded: set ranks.sharding = 'zero1'")
+    return nn.ModuleDict({**dict(model.named_children()), TASK: modules})
+
+
+def trained_parts(
+    model: VisionLanguageModel, modules: nn.Module | None, config: TrainConfig, ranks: Ranks
+) -> nn.Module:
+    """Collective. What `with_modules` gives, on this rank's device, frozen and in training as is asked for.
+
+    Raises:
+        ConfigError: The same.
+        RankError: Ranks have other weights of the task.
+    """
+    whole = with_modules(model, modules, config, ranks)
     if modules is not None:
-        if model.parts_are_sharded:
-            raise ConfigError(
-                "this objective has modules of its own, which are not sharded: set ranks.sharding = 'zero1'"
-            )
         modules.to(ranks.device)
-        whole = nn.ModuleDict({**dict(model.named_children()), TASK: modules})
         sums = [repr(float(p.detach().double().sum())) for p in modules.parameters()]
         ranks.check_equal({"sums of weights": sums}, "the ranks do not begin with the same weights of the objective")
     freeze_parts(whole, config)

@@ -223,6 +223,10 @@ class TrainConfig(Config):
             ConfigError: A stage that is none, with its name.
         """
         if not self.stages:
+            if self.keep_state:
+                raise ConfigError(
+                    "TrainConfig.keep_state: a run without stages has none before it whose state could be kept"
+                )
             return [("", self)]
         found = []
         for name, values in merge_stages(self.to_dict()):

@@ -25,6 +25,7 @@ from vlkit.training.metrics import METRICS, Metrics, trim_metrics
 from vlkit.training.picture import draw_picture
 from vlkit.training.progress import Progress, Result
 from vlkit.training.ranks import Ranks, launched, lost_rank
+from vlkit.training.rehearsal import rehearse
 from vlkit.training.resume import check_groups, check_resumable, keep_state, run_state
 from vlkit.training.run_stages import Stage, open_stages
 from vlkit.training.stage_models import MODEL, STAGES, StageModels, random_states_kept, what_trains
@@ -112,6 +113,8 @@ class _Run:
             self.total = self.stages[-1].before + self.stages[-1].steps
             self.models = StageModels(config, self.stages, shapes, processor, ranks)
             self.fingerprints = [self.models.fingerprint(stage) for stage in self.stages]
+            for stage in self.stages[1:]:  # what is wrong with the first shows at once
+                rehearse(stage, self.models.described(stage), processor, ranks, self.verifiers)
         ranks.check_equal({"config": config.to_dict(), "stages": self.fingerprints}, "the ranks do not run the same")
         with self.alone(), ExitStack() as open_files:
             metrics = None

@@ -52,7 +52,10 @@ class Mixture:
             raise ConfigError(f"{len(self._shares)} shares for {len(sizes)} streams")
         for progress in sorted({place for places, _ in self._shares for place in places}):
             if not any(self._weights(progress)):
-                raise ConfigError(f"at progress {progress:g} the shares of all streams are 0, so nothing can be drawn")
+                raise ConfigError(
+                    f"data.streams: at progress {progress:g} the shares of all streams are 0, so nothing can be drawn; give "
+                    "one a share there"
+                )
         self.seed = seed
         self.orders = [Order(size, seed=seed, stream=number, shuffle=shuffle) for number, size in enumerate(sizes)]
         self.drawn = [0] * len(sizes)

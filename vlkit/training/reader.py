@@ -293,8 +293,8 @@ class Reader(Generic[ItemT]):
         item = self._make(sample, draw)
         if cost is not None and (item.num_tokens > cost[0] or item.num_patches > cost[1]):
             raise SampleError(
-                f"measured as {cost[0]} tokens and {cost[1]} patches, but it has {item.num_tokens} and {item.num_patches}; a file "
-                "has changed, or `measure` does not belong to `prepare`"
+                f"measured as {cost[0]} tokens and {cost[1]} patches, but it has {item.num_tokens} and {item.num_patches}; a "
+                "file has changed, or `measure` does not belong to `prepare`"
             )
         return item
 

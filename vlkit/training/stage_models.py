@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vlkit.errors import CheckpointError
+from vlkit.errors import CheckpointError, ConfigError
 from vlkit.models import VisionLanguageModel
 from vlkit.processing import Processor
 from vlkit.training.build import build_model, enter_stage, fingerprint, freeze_parts
@@ -58,9 +58,20 @@ class StageModels:
 
     def fingerprint(self, stage: Stage) -> dict[str, Any]:
         """What has to stay the same, of a stage."""
+        return fingerprint(stage.config, self.described(stage), self.processor, stage.sources)
+
+    def described(self, stage: Stage) -> VisionLanguageModel:
+        """The model of a stage on meta, as an own copy.
+
+        Raises:
+            ConfigError: Names of parts that are not there, or another rope_theta where there is none.
+        """
         shapes = copy.deepcopy(self.shapes)
-        self._as_in(shapes, stage)
-        return fingerprint(stage.config, shapes, self.processor, stage.sources)
+        try:
+            self._as_in(shapes, stage)
+        except ConfigError as error:
+            raise ConfigError(f"stage {stage.name!r}: {error}" if stage.name else str(error)) from error
+        return shapes
 
     def build(self, stage: Stage) -> VisionLanguageModel:
         """Collective. New weights for a stage, or a place for those of a checkpoint."""

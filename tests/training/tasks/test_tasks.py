@@ -18,7 +18,7 @@ def test_an_objective_is_found_by_its_kind() -> None:
     ("values", "message"),
     [
         ("next-token", "expected a table with kind, found 'next-token'"),
-        ({}, "there is no None; there are next-token, dpo"),
+        ({}, "kind is missing; there are next-token, dpo"),
         ({"kind": "next token"}, "there is no 'next token'; did you mean 'next-token'"),
         ({"kind": "next-token", "normalize": "token"}, "no field 'normalize'; did you mean 'normalise'"),
     ],

@@ -55,6 +55,8 @@ def read_objective(values: Any) -> tuple[Config, Make]:
     if not isinstance(values, Mapping):
         raise ConfigError(f"TrainConfig.objective: expected a table with kind, found {values!r}")
     kind = values.get("kind")
+    if kind is None:
+        raise ConfigError(f"TrainConfig.objective: kind is missing; there are {', '.join(_HOME)}")
     if kind not in _HOME:
         near = difflib.get_close_matches(str(kind), _HOME, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_HOME)}"
