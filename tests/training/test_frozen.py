@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import vlkit
 from tests.ranks import run_ranks
@@ -138,6 +139,26 @@ def held(rank: int, world: int, frozen: list[str]) -> tuple[int, int]:
 
 def optimizer_parameters(optimizer: Muon) -> list[torch.nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "learn"),
+    [
+        ({}, {"vision", "task"}),
+        ({"optimizer": {"thaw": ["projector"]}}, {"vision", "projector", "task"}),
+        ({"optimizer": {"freeze": ["task"]}}, {"vision"}),
+        ({"train": ["vision", "llm"]}, {"vision", "llm"}),
+    ],
+)
+def test_beside_adapters_only_what_is_named_learns(changes: dict[str, Any], learn: set[str]) -> None:
+    model = make()
+    model.vision.blocks[0].attn.lora_A = nn.ModuleDict({"default": nn.Linear(4, 4)})
+    values = {"run": "r", "model": {"name": "kimi-vl-tiny"}, "data": {"files": ["a.jsonl"]}, "steps": 1}
+    config = TrainConfig.from_dict({**values, "lora": {"parts": ["vision"]}, **changes})
+    whole = trained_parts(model, nn.Linear(2, 2), config, Ranks(0, 1, torch.device("cpu")))
+    trained = {name for name, parameter in whole.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[0] for name in trained} == learn
+    assert all(".lora_A." in name for name in trained if name.startswith("vision."))
 
 
 def test_frozen_parts_have_no_state() -> None:

@@ -112,12 +112,11 @@ def freeze_parts(model: nn.Module, config: TrainConfig) -> None:
     options = config.optimizer
     train = config.train
     if train is None:
-        train = ("",) if config.lora is None else config.lora.parts
+        adapted = () if config.lora is None else (*config.lora.parts, TASK)
+        train = tuple(name for name in adapted or ("",) if name not in options.freeze)
     trained, frozen = [*train, *options.thaw], [*options.freeze, *(() if "" in train else ("",))]
     has_task = TASK in dict(model.named_children())
-    if has_task and config.train is None:
-        trained.append(TASK)
-    about_task = [name for name in trained if name.split(".")[0] == TASK]
+    about_task = [name for name in (*(config.train or ()), *options.thaw) if name.split(".")[0] == TASK]
     if not has_task:
         trained, frozen = ([name for name in names if name.split(".")[0] != TASK] for names in (trained, frozen))
     freeze(model, frozen, thaw=trained)
@@ -259,6 +258,8 @@ def fingerprint(
         "data": [entry for source in sources for entry in source.fingerprint()],
         "seed": config.seed,
         "shuffle": config.data.shuffle,
+        "objective": (config.objective or {}).get("kind", "next-token"),
+        "draws": config.data.draws,
     }
     found: dict[str, Any] = json.loads(json.dumps(values))
     return found

@@ -83,8 +83,8 @@ class TrainConfig(Config):
             most words decides.
         rope_theta: Base of the decoder's rotary wavelengths from here on; None leaves it.
         max_positions: With rope_theta: positions that the decoder accepts from here on.
-        lora: Adapters that learn in the place of the parts that they are in; everywhere else it is as without. The saved model
-            has them merged, and they lie beside it in the folder `adapter`.
+        lora: Adapters that learn in the place of the parts that they are in. Other parts are frozen, unless `train` or
+            `optimizer.thaw` names them. The saved model has the adapters merged, and they lie beside it in the folder `adapter`.
         optimizer: Rule of the update.
         schedule: Learning rate over the run.
         dtype: Of the parameters.
