@@ -177,7 +177,9 @@ def stages(
     if not found:
         from vlkit.errors import UnknownModelError
 
-        raise UnknownModelError(f"no stage fits {pattern!r}; `vlkit stages` lists all, '{pattern}*' takes a family")
+        wider = f"*{(pattern or '').strip('*')}*"
+        hint = f"{wider!r} does" if list_presets(wider) else "'kimi-vl/*' takes a family"
+        raise UnknownModelError(f"no stage fits {pattern!r}; `vlkit stages` lists all, {hint}")
     if as_toml:
         typer.echo(report.toml(found))
     elif pattern is None:

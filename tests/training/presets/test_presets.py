@@ -118,8 +118,14 @@ def test_a_run_that_leaves_gaps_is_refused_with_all_of_them() -> None:
     with pytest.raises(ConfigError, match="say it in the stage") as refusal:
         stage.refuse_gaps({"packs": 2, "optimizer": {"weight_decay": 0.1}})
     listed = str(refusal.value).splitlines()[1:]
-    assert [line.split(":")[0].strip() for line in listed] == ["schedule.warmup", "schedule.shape", "balance_rate"]
+    assert [line.split(":")[0].strip() for line in listed] == [
+        "schedule.warmup",
+        "schedule.shape",
+        "balance_rate",
+        "steps",
+    ]
     assert "warmed up again" in listed[0]
+    assert "sources have epochs = 1, and how many packs" in listed[3]
     said = {"batch": 2, "optimizer": {"weight_decay": 0.0}, "schedule": {"warmup": 0, "shape": "linear"}}
     with pytest.raises(ConfigError, match="balance_rate"):
         stage.refuse_gaps({**said, "balance_rate": None})
@@ -180,7 +186,7 @@ def test_the_command_shows_them() -> None:
     assert shown == report.table(preset("mobilevlm/sft")) + "\n"
     assert "512" in run(app, ["stages", "mobilevlm/*", "--toml"]).output
     refused = run(app, ["stages", "kimi"])
-    assert "no stage fits 'kimi'; `vlkit stages` lists all, 'kimi*' takes a family" in str(refused.exception)
+    assert "no stage fits 'kimi'; `vlkit stages` lists all, '*kimi*' does" in str(refused.exception)
 
 
 # What a run might say where sources say nothing.

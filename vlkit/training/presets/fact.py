@@ -91,10 +91,16 @@ class Stage:
             ConfigError: With all that is missing, and why it is not known.
         """
         gaps = [f"  {path.replace('|', ' or ')}: {why}" for path, why in self.unknown().items() if not says(own, path)]
+        epochs = self.sets.get("epochs")
+        if isinstance(epochs, Fact) and says(own, "packs|data.streams") and not says(own, "steps|epochs"):
+            gaps.append(
+                f"  steps: sources have epochs = {epochs.value:g}, and how many packs or samples of streams that is, is not "
+                "known before they are read; take the data's tokens / those of a step"
+            )
         if gaps:
             raise ConfigError(
-                f"preset {self.name!r}: its sources leave open what a run has to know; say it in the stage:\n"
-                + "\n".join(gaps)
+                f"preset {self.name!r}: its sources leave open what a run has to know; say it in the stage, not at "
+                "the top of the run:\n" + "\n".join(gaps)
             )
 
 

@@ -78,6 +78,8 @@ def _toml_of(stage: Stage, name: str) -> list[str]:
             lines += _comment(f"{' or '.join(path.split('|'))} =    unknown: {entry.why}")
         else:
             lines += [*_comment(_origin(entry)), f"{path} = {_toml_value(entry.value)}"]
+            if path == "epochs" and "batch|packs" in stage.sets:
+                lines += _comment("with packs: steps = tokens of the data / those of a step, in the place of epochs")
     return lines
 
 
