@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import warnings
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vlkit.errors import ImageError
+from vlkit.errors import ImageError, VideoError
 from vlkit.processing import ReadRule, read_image
+from vlkit.processing.image_size import image_size
+from vlkit.processing.video_reading import open_video
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -297,3 +300,11 @@ def test_addresses_and_missing_files_are_refused(tmp_path: Path) -> None:
         read_image(tmp_path)
     with pytest.raises(ImageError, match="cannot be read"):
         read_image("a\0b")
+
+
+def test_a_named_pipe_and_a_device_are_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", "/dev/zero"):
+        for read, kind in ((read_image, ImageError), (image_size, ImageError), (open_video, VideoError)):
+            with pytest.raises(kind, match="expected a plain file, found a pipe"):
+                read(path)

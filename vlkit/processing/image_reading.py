@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import stat
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,6 +67,7 @@ def read_image(source: Any, rule: ReadRule | None = None, *, name: str = "image"
     source = path_or_bytes(source, rule, name)
     if isinstance(source, Path):
         name = f"{name} ({str(source)!r})"
+        check_plain(source, name)
         try:
             source = source.read_bytes()
         except (OSError, ValueError) as error:
@@ -80,6 +82,21 @@ def read_image(source: Any, rule: ReadRule | None = None, *, name: str = "image"
     if isinstance(source, np.ndarray):
         return _from_array(source, rule, name)
     raise no_image(source, name)
+
+
+def check_plain(path: Path, name: str) -> None:
+    """Refuse what is no plain file: opening a named pipe waits for ever, and a device may have no end.
+
+    Raises:
+        ImageError: It is something else, or is not there.
+    """
+    try:
+        plain = stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{name}: cannot be read: {error}") from error
+    if not plain:
+        what = "a folder" if path.is_dir() else "a pipe, a socket or a device"
+        raise ImageError(f"{name}: cannot be read: expected a plain file, found {what}; give the bytes or a file")
 
 
 def no_image(source: Any, name: str) -> ImageError:

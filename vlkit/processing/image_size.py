@@ -19,6 +19,7 @@ from vlkit.processing.image_reading import (
     ORIENTATION,
     ReadRule,
     channels_last,
+    check_plain,
     check_size,
     no_image,
     open_image,
@@ -45,6 +46,7 @@ def image_size(source: Any, rule: ReadRule | None = None, *, name: str = "image"
         given.seek(place)
     if isinstance(source, Path):
         name = f"{name} ({str(source)!r})"
+        check_plain(source, name)
         try:
             with source.open("rb") as file:
                 return _of_image(open_image(file, rule, name), rule, name)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from vlkit.errors import ImageError, MissingDependencyError, VideoError, VlkitError
-from vlkit.processing.image_reading import ReadRule, open_image, path_or_bytes, read_image
+from vlkit.processing.image_reading import ReadRule, check_plain, open_image, path_or_bytes, read_image
 
 
 class VideoSource(NamedTuple):
@@ -130,8 +130,11 @@ _ANIMATIONS: tuple[tuple[int, tuple[bytes, ...]], ...] = ((0, (b"GIF87a", b"GIF8
 def _from_file(source: Path | bytes, fps: float | None, rule: ReadRule, name: str) -> VideoSource:
     if isinstance(source, Path):
         try:
+            check_plain(source, name)
             with source.open("rb") as file:
                 head = file.read(64)
+        except ImageError as error:
+            raise VideoError(str(error)) from error
         except OSError as error:
             raise VideoError(f"{name}: cannot be read: {error}") from error
     else:
