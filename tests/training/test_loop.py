@@ -300,10 +300,26 @@ def test_other_data_or_another_model_is_refused_and_another_rate_is_said(tmp_pat
     deeper = config.model.replace(overrides={"llm": {"num_layers": 3}})
     with pytest.raises(ConfigError, match=r"model\.llm\.num_layers: found 3, expected 2"):
         train(longer.replace(model=deeper))
-    with pytest.raises(ConfigError, match="seed: found 1, expected 0"):
-        train(longer.replace(seed=1))
+    others = {
+        "seed: found 1, expected 0": {"seed": 1},
+        'objective: found "dpo", expected "next-token"': {"objective": {"kind": "dpo"}},
+        'draws: found "curriculum", expected "epochs"': {"data": config.data.replace(draws="curriculum")},
+        "of steps of samples, these are steps of packs. Give the new run another folder": {
+            "batch": None,
+            "micro_batch": None,
+            "packs": 1,
+            "data": config.data.replace(pack_tokens=300),
+        },
+    }
+    for message, changes in others.items():
+        with pytest.raises(ConfigError, match=rf"step-00000002: the run cannot go on .*{message}") as refused:
+            train(longer.replace(**changes))
+        assert refused.value.__notes__ == ["before any step"]
     lines: list[str] = []
+    longer = longer.replace(data=config.data.replace(max_tokens=900, images_first=0.5))
     assert train(longer, say=lines.append).steps == 3
+    assert "changed since step-00000002: data.max_tokens: was null, is now 900" in lines
+    assert "changed since step-00000002: data.images_first: was 0.0, is now 0.5" in lines
     assert "changed since step-00000002: steps: was 2, is now 3" in lines
     assert any("optimizer.lr" in line for line in lines)
     with open(tmp_path / "train.jsonl", "a") as file:

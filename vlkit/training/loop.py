@@ -93,6 +93,7 @@ class _Run:
         self.folder = Path(config.run)
         self.progress = Progress()
         self.checkpoint: Path | None = None
+        self.ready = False  # for its first step, from a checkpoint or from the beginning
 
     def say(self, line: str) -> None:
         if self.ranks.first:
@@ -100,6 +101,8 @@ class _Run:
 
     def where(self) -> str:
         """For messages: how far the run is, and what it can be resumed from."""
+        if not self.ready:
+            return "before any step"
         saved = f"the newest checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint yet"
         return f"in step {self.progress.step + 1}; {saved}"
 
@@ -139,6 +142,7 @@ class _Run:
     def work(self, resume: bool) -> Result:
         self.heartbeat.now("looking for checkpoints")
         run = self.restored(resume) or self.begun(0)
+        self.ready = True
         while True:
             if run.steps(self.save):
                 return self.stopped(run)
@@ -246,8 +250,13 @@ class _Run:
                 skipped.append(name)
                 continue
             vars(self.progress).update(vars(Progress.from_dict(state["progress"])))
-            run.load_state(state)
             self.checkpoint = path
+            try:
+                run.load_state(state)
+            except ConfigError as error:
+                raise ConfigError(
+                    f"{path}: the run cannot go on with this config: {error}. Give the new run another folder with `run`"
+                ) from error
             break
         if skipped and self.checkpoint is None:
             raise CheckpointError(

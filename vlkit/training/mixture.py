@@ -98,7 +98,7 @@ class Mixture:
         """
         found, expected = len(state["drawn"]), len(self.orders)
         if found != expected:
-            raise ConfigError(f"the saved place is of {found} streams, the data has {expected}; begin a new run")
+            raise ConfigError(f"the saved place is of {found} streams, the data has {expected}")
         self.drawn, self.tokens = list(state["drawn"]), list(state["tokens"])
         self._credit = list(state["credit"])
 

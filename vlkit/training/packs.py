@@ -255,7 +255,7 @@ class StreamingPacker(Generic[Key]):
         if list(state["budget"]) != [self.tokens, self.patches]:
             raise ConfigError(
                 f"open packs were filled for {state['budget'][0]} tokens and {state['budget'][1]} patches, and now the budget "
-                f"is {self.tokens} and {self.patches}; keep the budget within a stage"
+                f"is {self.tokens} and {self.patches}"
             )
         self._rows = []
         for saved in state["rows"]:

@@ -185,5 +185,5 @@ def _counts(state: Mapping[str, Any], size: int) -> np.ndarray:
     """
     found = state.get("drawn", ())
     if len(found) != size:
-        raise ConfigError(f"the saved place is of {len(found)} samples, the data has {size}; begin a new run")
+        raise ConfigError(f"the saved place is of {len(found)} samples, the data has {size}")
     return np.array(found, dtype=np.int64)

@@ -187,7 +187,7 @@ class Reader(Generic[ItemT]):
         """
         if ("packer" in state) != (self._packer is not None):
             before, now = ("packs", "samples") if "packer" in state else ("samples", "packs")
-            raise ConfigError(f"the saved place is of steps of {before}, these are steps of {now}; begin a new stage")
+            raise ConfigError(f"the saved place is of steps of {before}, these are steps of {now}")
         self._return_to(json.loads(json.dumps(state)))
 
     # Steps

@@ -17,7 +17,9 @@ from vlkit.training.run_stages import Stage
 from vlkit.training.stage_run import StageRun
 
 # What a run may not be resumed with when it has changed; everything else may change, and is said.
-FIXED = ("model", "parameters", "processor", "data", "seed", "shuffle")
+FIXED = ("model", "parameters", "processor", "data", "seed", "shuffle", "objective", "draws")
+# What those of them were that a run did not write down before there was anything else.
+BEFORE = {"objective": "next-token", "draws": "epochs"}
 # Options that decide which parameters are in one group of the optimizer, whose saved state is by groups.
 GROUPING = ("kind", "muon", "adamw", "part_lr", "layer_decay", "decay_vectors")
 
@@ -52,7 +54,8 @@ def check_resumable(
     ranks: Ranks,
     say: Callable[[str], object],
 ) -> None:
-    """Refuse to go on with another model or other data, in another stage, or beyond the end; say what else has changed.
+    """Refuse to go on with another model, other data or another kind of objective, in another stage, or beyond the end; say what
+    else has changed.
 
     Raises:
         ConfigError: With what has changed.
@@ -70,7 +73,7 @@ def check_resumable(
         )
     for key in FIXED:
         now = fingerprints[found.number][key]
-        if difference := first_difference(state["fingerprint"].get(key), now, key):
+        if difference := first_difference(state["fingerprint"].get(key, BEFORE.get(key)), now, key):
             raise ConfigError(
                 f"{path}: the run cannot go on with this config: {difference}. Give the new run another folder with `run`"
             )
@@ -83,10 +86,9 @@ def check_resumable(
             f"{path}: {progress.step} steps are done, and {asked_for}: there is nothing to do, and nothing was "
             "changed. Ask for more steps, or give the shorter run another folder with `run`"
         )
-    for key, value in _plain(config).items():
-        if key not in ("run", "model", "data") and (
-            difference := first_difference(_as_now(state["config"]).get(key), value, key, as_change)
-        ):
+    saved = _fields(_as_now(state["config"]))
+    for key, value in _fields(_plain(config)).items():
+        if difference := first_difference(saved.get(key), value, key, as_change):
             say(f"changed since {path.name}: {difference}")
     if state["ranks"] != ranks.size:
         say(f"changed since {path.name}: ranks: {as_change(str(state['ranks']), str(ranks.size))}")
@@ -134,6 +136,14 @@ def keep_state(before: Muon, now: Muon) -> int:
 def _plain(config: TrainConfig) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
     return found
+
+
+def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told where it has changed; models and files are compared by what they are, not where."""
+    data = config.get("data", {})
+    told = {key: value for key, value in config.items() if key not in ("run", "model", "data")}
+    told |= {f"data.{key}": value for key, value in data.items() if key not in ("files", "streams")}
+    return told | {f"data.streams.{each['name']}.share": each.get("share") for each in data.get("streams", ())}
 
 
 def _as_now(saved: Mapping[str, Any]) -> Mapping[str, Any]:
