@@ -224,6 +224,10 @@ def test_mistakes_are_named() -> None:
         task.prepare({"messages": []}, NoDraw())
     with pytest.raises(ConfigError, match="32 wide, no multiple of pool_heads=5"):
         make(OPTIONS.replace(pool_heads=5))
+    with pytest.raises(
+        ConfigError, match=r"the whole of its text: set data\.too_long to 'refuse' or 'skip', not to 'cut'"
+    ):
+        make(data={"files": ["-"], "max_tokens": 5, "too_long": "cut"})
     items = items_of(task)
     both = Item(Batch.concat([items[0].batch, items[1].batch]), items[0].extra)
     with pytest.raises(PlaceholderMismatchError, match="1 samples have 2 images"):

@@ -70,13 +70,19 @@ class Contrast:
     each other.
 
     Source: SigLIP, arXiv:2303.15343; with captions: CoCa, arXiv:2205.01917, and Kimi-VL, arXiv:2504.07491, section 2.3.
+
+    Raises:
+        ConfigError: Samples are to be cut, or sizes that do not fit each other.
     """
 
     one_pack = True
     resets_optimizer = False
+    lack = "no image with a text"
+    remedy = "look at the data files"
 
     def __init__(self, options: ContrastOptions, setup: Setup) -> None:
-        self.options, self.setup, self.writer = options, setup, Writer.of(setup)
+        self.options, self.setup = options, setup
+        self.writer = Writer.of(setup, whole="an image is compared with the whole of its text")
         vision, decoder = setup.model.config.vision, setup.model.config.llm
         config = ContrastConfig(
             image_dim=vision.out_dim,  # type: ignore[attr-defined]
