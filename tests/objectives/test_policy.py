@@ -201,6 +201,12 @@ def test_a_bandit_comes_to_the_tilted_policy() -> None:
     torch.testing.assert_close(logits.detach().softmax(0), tilted, rtol=0, atol=1e-6)
 
 
+def test_equal_rewards_have_tilted_advantages_of_exactly_0() -> None:
+    """Of 0.7 and a tau of 0.3 a rounding would be left."""
+    rewards = torch.full((3,), 0.7, dtype=torch.float64)
+    assert not tilted_advantages(rewards, torch.zeros(3, dtype=torch.long), 0.3).any()
+
+
 def test_the_mean_reward_is_the_limit_of_the_tilted_one() -> None:
     rewards, groups = rewards_of([0, 1, 1, 0.5], [2, 3])
     torch.testing.assert_close(

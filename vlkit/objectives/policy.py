@@ -119,7 +119,8 @@ def tilted_advantages(
     scaled = rewards.double() / tau
     highest = scaled.new_zeros(len(count)).scatter_reduce(0, index, scaled, "amax", include_self=False)
     sums = torch.zeros_like(highest).index_add(0, index, (scaled - highest[index]).exp())
-    return (rewards - tau * (highest + (sums / count).log())[index]).float()
+    found = (rewards - tau * (highest + (sums / count).log())[index]).float()
+    return found.masked_fill(~informative(rewards, groups), 0.0)  # of equal rewards roundings may be left
 
 
 def length_reward(

@@ -264,15 +264,15 @@ class StageRun:
         if row <= self.config.max_skipped_steps and row < self.around.total:
             return
         if progress.untaught_in_a_row:
-            judged = self.config.objective is not None and self.config.objective["kind"] != "next-token"
-            nothing = "nothing to learn from, such as answers that differ" if judged else "no supervised token"
-            reason = "look at data.labels, and with data.too_long = 'cut' at data.max_tokens"
+            reasons = []
             if progress.corrupt_in_a_row:
-                reason = self.reader.left_out or "data.corrupt and data.too_long = 'refuse' name the first"
+                reasons.append(self.reader.left_out or "data.corrupt and data.too_long = 'refuse' name the first")
+            if progress.corrupt_in_a_row < progress.samples_in_a_row:
+                reasons.append(self.task.remedy)
             raise SampleError(
-                f"{progress.untaught_in_a_row} of the last {row} steps, up to step {progress.step}, had {nothing}, and "
+                f"{progress.untaught_in_a_row} of the last {row} steps, up to step {progress.step}, had {self.task.lack}, and "
                 f"none learnt anything; {progress.corrupt_in_a_row} of their {progress.samples_in_a_row} samples were left out: "
-                f"{reason}"
+                f"{'; '.join(reasons)}"
             )
         raise NonFiniteError(
             f"{row} steps in a row had gradients that are not finite, the last is step {progress.step}; weights and state "

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.ranks import run_ranks
 from tests.training.tasks.setups import gradients, joined, make_task, model_of, prepared, token_log_probs
-from vlkit.errors import ConfigError, SequenceTooLongError
+from vlkit.errors import ConfigError, SampleError, SequenceTooLongError
 from vlkit.models import VisionLanguageModel
 from vlkit.training.order import Draw
 from vlkit.training.ranks import Ranks
@@ -35,8 +35,8 @@ GRPO = {"kind": "grpo", "verifier": "letters", "group": 3, "max_new_tokens": 4}
 MIRROR = {"kind": "mirror-descent", "verifier": "letters", "group": 3, "max_new_tokens": 4, "tau": 0.7}
 
 
-def make(objective: dict[str, Any], **options: Any) -> Any:
-    return make_task(objective, verifiers={"letters": letters}, **options)
+def make(objective: dict[str, Any], verifiers: Mapping[str, Any] | None = None, **options: Any) -> Any:
+    return make_task(objective, verifiers={"letters": letters, **(verifiers or {})}, **options)
 
 
 def moved(model: VisionLanguageModel, by: float) -> None:
@@ -219,6 +219,62 @@ def test_dapo_leaves_out_groups_of_equal_rewards_and_punishes_length(monkeypatch
     assert [item.extra["advantage"] for item in items] == pytest.approx(want.tolist(), abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("objective", "alone", "between"),
+    [
+        (GRPO, [0], [1]),
+        ({**GRPO, "variant": "bnpo"}, [0], [1]),
+        ({**GRPO, "kl_weight": 0.1}, [3], [1, 1, 1]),
+        (MIRROR, [0], [1, 1]),
+        ({**MIRROR, "baseline": "log-mean-exp"}, [0], [1, 1]),
+    ],
+)
+def test_mini_batches_of_equal_rewards_are_left_out_where_nothing_else_pulls(
+    monkeypatch: pytest.MonkeyPatch, objective: dict[str, Any], alone: list[int], between: list[int]
+) -> None:
+    """Of one mini-batch with three prompts; and of three, where only the answers to the second prompt differ."""
+    task = make({**objective, "verifier": "tenths"}, {"tenths": lambda text, sample: int(text) / 10})
+    planted(monkeypatch, *[["3", "3", "3"]] * 3)
+    updates, told = task.begin(prepared(task, questions(3)), 0)
+    assert ([len(items) // 3 for items in updates], told["equal_groups"]) == (alone, 1.0)
+    assert any(task.totals(updates[0]).values()) == bool(alone[0])
+    planted(monkeypatch, ["3", "3", "3"], ["3", "4", "3"], ["7", "7", "7"])
+    task.rollouts.options = task.rollouts.options.replace(updates=3)
+    updates, _ = task.begin(prepared(task, questions(3)), 0)
+    assert [len(items) // 3 for items in updates] == between
+    assert not any("old" in item.extra for item in updates[0])
+
+
+def test_a_mini_batch_without_a_token_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of an image's placeholder are cut before it; the only other one had no end, and is masked."""
+    image = model_of(0).config.image_token_id
+    for objective in (GRPO, {**GRPO, "kl_weight": 0.1}, MIRROR):
+        planted(monkeypatch, [[image, 1], [image, 2], [ord("0")] * 4])
+        task = make(
+            {**objective, "truncated": "mask", "verifier": "length"}, {"length": lambda text, sample: len(text)}
+        )
+        assert task.begin(prepared(task, questions(1)), 0)[0] == [[]]
+
+
+def test_what_a_verifier_cannot_judge_is_found_where_file_and_line_are_known() -> None:
+    task = make({**GRPO, "verifier": "number"})
+    for answer in ({}, {"answer": "blue"}):
+        sample = {"messages": [{"role": "user", "content": "?"}], **answer}
+        for look in (task.prepare, task.measure):
+            with pytest.raises(SampleError, match=r"a question with an 'answer' is expected|an answer with a number"):
+                look(sample, Draw(0, 0))
+
+
+def test_a_verifier_that_fails_is_told_at_which_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make({**GRPO, "verifier": "broken"}, {"broken": lambda text, sample: 1 / 0})
+    planted(monkeypatch, ["no", "0", "x"])
+    with pytest.raises(ZeroDivisionError) as failure:
+        task.begin([task.prepare(questions(1)[0], Draw(1, 7))], 0)
+    assert failure.value.__notes__ == [
+        "the verifier 'broken' judged 'no', an answer to sample 7 of stream 1, both counted from 0"
+    ]
+
+
 def test_short_answers_are_rewarded_from_a_progress_on(monkeypatch: pytest.MonkeyPatch) -> None:
     task = make({**MIRROR, "verifier": "number", "length_weight": 2.0, "length_from": 0.5})
     found = []
@@ -303,9 +359,16 @@ def test_mistakes_are_named() -> None:
         make({**GRPO, "overlong_margin": 5})
     with pytest.raises(ConfigError, match="missing tau"):
         make({key: value for key, value in MIRROR.items() if key != "tau"})
-    task = make({**GRPO, "max_new_tokens": 5000})
-    with pytest.raises(SequenceTooLongError, match="positions of the decoder leave with max_new_tokens = 5000"):
+    task = make({**GRPO, "max_new_tokens": 4090})
+    with pytest.raises(SequenceTooLongError, match="positions of the decoder leave with max_new_tokens = 4090"):
         prepared(task, questions(1))
+    with pytest.raises(ConfigError, match=r"max_new_tokens: 4096 leaves no room for a prompt in the 4096 positions"):
+        make({**GRPO, "max_new_tokens": 4096})
+    for objective in (GRPO, MIRROR):
+        with pytest.raises(ConfigError, match=r"Options\.group: 1 answer has none to be compared with"):
+            make({**objective, "group": 1})
+    with pytest.raises(ConfigError, match=r"lora\.dropout = 0\.5: this objective compares log-probs"):
+        make(GRPO, lora={"dropout": 0.5})
     data = {"files": ["unused"], "max_tokens": 3}
     with pytest.raises(SequenceTooLongError, match=r"longer than the 3 that data\.max_tokens allows"):
         make(GRPO, data=data).measure(questions(1)[0], Draw(0, 0))

@@ -122,6 +122,8 @@ def test_what_is_no_pair_is_refused() -> None:
         make_task({"kind": "dpo"}, data={"files": ["unused"], "max_tokens": 9, "too_long": "cut"})
     with pytest.raises(ConfigError, match=r"lora\.dropout = 0\.1: this objective compares log-probs"):
         make_task({"kind": "mpo"}, lora={"dropout": 0.1})
+    with pytest.raises(ConfigError, match=r"MPOOptions\.weights: all are 0"):
+        make_task({"kind": "mpo", "weights": [0, 0, 0]})
     with pytest.raises(ConfigError, match="pairs compare answers"):
         make_task({"kind": "dpo"}, data={"files": ["unused"], "labels": {"on": "all"}})
 

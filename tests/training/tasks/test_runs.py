@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from tests.ranks import run_ranks
 from tests.training.test_loop import metrics, weights
-from vlkit.errors import ConfigError
+from vlkit.errors import ConfigError, SampleError
 from vlkit.training import TrainConfig, train
 
 DPO = {"kind": "dpo"}
@@ -160,3 +160,14 @@ def test_draws_by_success_need_answers_that_are_judged(tmp_path: Path) -> None:
 def test_a_verifier_that_is_not_there_ends_the_run_before_it_begins(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no verifier 'none'; there are exact, number, boxed, odd"):
         run(0, config_of(tmp_path, {**GRPO, "verifier": "none"}))
+
+
+def test_a_run_whose_answers_are_all_judged_alike_stops_and_says_so(tmp_path: Path) -> None:
+    config = config_of(tmp_path, {**GRPO, "kl_weight": 0.0}, steps=9, max_skipped_steps=1)
+    with pytest.raises(
+        SampleError, match="2 of the last 2 steps, up to step 2, had no prompt whose answers got different"
+    ) as it:
+        train(config, verifiers={"odd": lambda text, sample: 0.5})
+    assert "look at reward and length in the metrics" in str(it.value)
+    assert [entry["skipped_steps"] for entry in metrics(config)] == [1, 2]
+    assert metrics(config)[-1]["equal_groups"] == 1.0

@@ -20,10 +20,10 @@ from vlkit.optim.agree import gather_json
 from vlkit.processing.labels import LabelRule
 from vlkit.training.prompts import SuccessRates
 from vlkit.training.rollouts import Answer, answer_batch, answer_seeds, sample_answers
-from vlkit.training.tasks.answers import num_learnt
+from vlkit.training.tasks.answers import num_learnt, refuse_dropout
 from vlkit.training.tasks.task import Draw, Item, Setup
 from vlkit.training.update import autocast
-from vlkit.training.verify import find_verifier, judged
+from vlkit.training.verify import VERIFIERS, find_verifier, judged
 from vlkit.training.writing import Writer
 
 
@@ -32,7 +32,7 @@ class RolloutOptions(Config):
 
     Attributes:
         verifier: Its name: "exact", "number", "boxed", or one given to the run. See `vlkit.training.verify`.
-        group: Answers to each prompt.
+        group: Answers to each prompt, 2 or more: each is compared with the others.
         updates: Mini-batches that a step's prompts are divided into; each changes the weights.
         max_new_tokens: Of an answer.
         temperature: That answers are drawn at, and that their log-probs are of.
@@ -49,6 +49,22 @@ class RolloutOptions(Config):
     temperature: Positive = 1.0
     truncated: Literal["judge", "fail", "mask"] = "judge"
     prompts_at_once: Size = 1
+
+    def check(self) -> None:
+        if self.group < 2:
+            raise ConfigError(
+                f"{type(self).__name__}.group: {self.group} answer has none to be compared with and teaches nothing; take 2 or more"
+            )
+
+
+ALIKE = (
+    "no prompt whose answers got different rewards",
+    "look at reward and length in the metrics: prompts are too hard or too easy for the model, or objective.verifier is too strict",
+)
+"""What a step lacks that teaches nothing, and what to look at."""
+
+Pull = Literal["none", "reference", "old"]
+"""What a loss holds an answer near, beside its advantage."""
 
 
 class Judged(NamedTuple):
@@ -85,14 +101,15 @@ class Rollouts:
         rates: How often each sample was answered rightly, for draws by success.
 
     Raises:
-        ConfigError: An unknown verifier, options of the data that do not reach prompts, or a model whose weights are divided
-            over ranks: it cannot generate.
+        ConfigError: An unknown verifier, options of the data that do not reach prompts, adapters that drop inputs, answers that
+            leave no room for prompts, or a model whose weights are divided over ranks: it cannot generate.
     """
 
     def __init__(self, options: RolloutOptions, setup: Setup) -> None:
         self.options, self.setup, self.writer = options, setup, Writer.of(setup)
         self.verifier = find_verifier(options.verifier, setup.verifiers)
         self.rates = SuccessRates()
+        refuse_dropout(setup)
         config, positions = setup.config, setup.model.llm.config.max_positions
         if config.ranks.sharding == "fsdp":
             raise ConfigError(
@@ -104,6 +121,11 @@ class Rollouts:
                 "data.too_long to 'refuse' or 'skip'"
             )
         self.limits = [(config.data.max_tokens, "data.max_tokens allows")] if config.data.max_tokens else []
+        if positions and options.max_new_tokens >= positions:
+            raise ConfigError(
+                f"{type(options).__name__}.max_new_tokens: {options.max_new_tokens} leaves no room for a prompt in the "
+                f"{positions} positions of the decoder; make it smaller"
+            )
         if positions:
             name = f"the {positions} positions of the decoder leave with max_new_tokens = {options.max_new_tokens}"
             self.limits.append((positions - options.max_new_tokens, name))
@@ -113,8 +135,9 @@ class Rollouts:
 
         Raises:
             SequenceTooLongError: It leaves no room for an answer.
+            SampleError: The verifier needs an answer that the sample does not have.
         """
-        shown, pixels = self.writer.drawn(sample, draw)
+        shown, pixels = self._drawn(sample, draw)
         batch = self.setup.processor(*_prompt(shown), tools=shown.get("tools"), max_pixels=pixels)
         self._check_length(batch.ids.layout.num_tokens)
         key = f"{getattr(draw, 'stream', 0)}/{getattr(draw, 'index', 0)}"
@@ -122,10 +145,17 @@ class Rollouts:
 
     def measure(self, sample: dict[str, Any], draw: Draw) -> tuple[int, int]:
         """Tokens and patches of the prompt."""
-        shown, pixels = self.writer.drawn(sample, draw)
+        shown, pixels = self._drawn(sample, draw)
         tokens, patches = self.setup.processor.measure(*_prompt(shown), tools=shown.get("tools"), max_pixels=pixels)
         self._check_length(tokens)
         return tokens, patches
+
+    def _drawn(self, sample: dict[str, Any], draw: Draw) -> tuple[dict[str, Any], int | None]:
+        if self.verifier in VERIFIERS.values():
+            self.verifier(
+                "", sample
+            )  # sees whether it can judge answers to this sample, as long as its file and line are known
+        return self.writer.drawn(sample, draw)
 
     def _check_length(self, tokens: int) -> None:
         for limit, name in self.limits:
@@ -198,23 +228,45 @@ class Rollouts:
         """What the verifier says; 0 for an answer that is broken, or had no end where that fails."""
         if answer.broken or (answer.truncated and self.options.truncated == "fail"):
             return 0.0
-        return judged(self.verifier, answer.text, prompt.extra["sample"])
+        try:
+            return judged(self.verifier, answer.text, prompt.extra["sample"])
+        except Exception as error:
+            stream, index = prompt.extra["key"].split("/")
+            error.add_note(
+                f"the verifier {self.options.verifier!r} judged {answer.text[:80]!r}, an answer to sample {index} of stream "
+                f"{stream}, both counted from 0"
+            )
+            raise
 
-    def divided(self, found: Judged, advantages: Tensor, kept: Bool[Tensor, " answers"]) -> list[list[Item]]:
+    def divided(
+        self, found: Judged, advantages: Tensor, kept: Bool[Tensor, " answers"], *, pull: Pull
+    ) -> list[list[Item]]:
         """This rank's answers in the step's mini-batches, prompt by prompt in turn: the same for any number of ranks.
+
+        A mini-batch without a gradient, of all ranks, is left out: decay and momentum would move the weights all the same.
 
         Args:
             advantages: Of all answers.
             kept: Answers that are learnt from; all of a prompt's or none.
+            pull: What has a gradient where all advantages are 0: the distance from the "reference"; that from the "old" policy,
+                which a step has left after its first update; or "none".
+
+        Returns:
+            One mini-batch without an item where none teaches.
         """
         prompts = found.groups[kept].unique().tolist()
         turn = {prompt: place % self.options.updates for place, prompt in enumerate(prompts)}
         updates: list[list[Item]] = [[] for _ in range(min(self.options.updates, max(len(prompts), 1)))]
+        learnt = kept & ~found.masked & (found.lengths > 0)
+        moving = learnt if pull == "reference" else learnt & (advantages != 0)
+        teaching = {turn[prompt] for prompt in found.groups[moving].tolist()}
+        if pull == "old" and teaching:
+            teaching |= {turn[prompt] for prompt in found.groups[learnt].tolist() if turn[prompt] > min(teaching)}
         for number, item in found.own:
             if kept[number] and not found.masked[number]:
                 extra = {**item.extra, "advantage": float(advantages[number])}
                 updates[turn[int(found.groups[number])]].append(Item(item.batch, extra))
-        return [_with_tokens(items) for items in updates]
+        return [_with_tokens(updates[place]) for place in sorted(teaching)] or [[]]
 
     def state_dict(self) -> dict[str, Any]:
         return {"success": self.rates.state_dict()}

@@ -49,6 +49,8 @@ class NextToken:
     modules = None
     one_pack = False
     resets_optimizer = False
+    lack = "no supervised token"
+    remedy = "look at data.labels, and with data.too_long = 'cut' at data.max_tokens"
 
     def __init__(self, options: NextTokenOptions, setup: Setup) -> None:
         self.options, self.writer = options, Writer.of(setup)

@@ -35,7 +35,7 @@ from vlkit.objectives.segments import segment_sum
 from vlkit.packing import Batch
 from vlkit.training.options import Factor, Share
 from vlkit.training.tasks.answers import IGNORE, log_probs_of, num_learnt, targets_of
-from vlkit.training.tasks.judged import RolloutOptions, Rollouts
+from vlkit.training.tasks.judged import ALIKE, RolloutOptions, Rollouts
 from vlkit.training.tasks.task import Draw, Figures, Item, Setup
 
 
@@ -60,6 +60,7 @@ class GRPOOptions(RolloutOptions):
     overlong_margin: Count = 0
 
     def check(self) -> None:
+        super().check()
         if self.overlong_margin > self.max_new_tokens:
             raise ConfigError(
                 f"GRPOOptions.overlong_margin: {self.overlong_margin} is more than max_new_tokens = {self.max_new_tokens}"
@@ -76,6 +77,7 @@ class GRPO:
     modules = None
     one_pack = False
     resets_optimizer = False
+    lack, remedy = ALIKE
 
     def __init__(self, options: GRPOOptions, setup: Setup) -> None:
         self.options, self.setup = options, setup
@@ -97,7 +99,7 @@ class GRPO:
             rewards = rewards + overlong_penalty(judged.lengths, options.max_new_tokens, options.overlong_margin)
         advantages = group_advantages(rewards, judged.groups, self.variant.scale, options.eps)
         kept = informative(rewards, judged.groups) if self.variant.drop_equal else torch.ones_like(judged.groups) > 0
-        updates = self.rollouts.divided(judged, advantages, kept)
+        updates = self.rollouts.divided(judged, advantages, kept, pull="reference" if options.kl_weight else "none")
         if options.kl_weight:
             updates = with_log_probs(updates, "reference", setup.reference(), setup, options.temperature)
         updates[1:] = with_log_probs(updates[1:], "old", setup.model, setup, options.temperature)
@@ -190,6 +192,7 @@ class MirrorDescent:
     modules = None
     one_pack = False
     resets_optimizer = True
+    lack, remedy = ALIKE
 
     def __init__(self, options: MirrorDescentOptions, setup: Setup) -> None:
         self.options, self.setup = options, setup
@@ -213,7 +216,7 @@ class MirrorDescent:
             advantages = group_advantages(rewards, judged.groups, "none")
         else:
             advantages = tilted_advantages(rewards, judged.groups, options.tau)
-        updates = self.rollouts.divided(judged, advantages, torch.ones_like(judged.groups) > 0)
+        updates = self.rollouts.divided(judged, advantages, torch.ones_like(judged.groups) > 0, pull="old")
         updates[1:] = with_log_probs(updates[1:], "old", self.setup.model, self.setup, options.temperature)
         return updates, judged.figures
 

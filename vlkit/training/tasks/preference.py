@@ -53,6 +53,10 @@ class MPOOptions(Config):
     beta: Positive = 0.1
     weights: tuple[Factor, Factor, Factor] = MPO_WEIGHTS
 
+    def check(self) -> None:
+        if not any(self.weights):
+            raise ConfigError("MPOOptions.weights: all are 0, so nothing would be learnt; give one of them above 0")
+
 
 class Preference:
     """Pairs of answers, by DPO, BCO and cross-entropy in given weights.
@@ -67,6 +71,8 @@ class Preference:
     modules = None
     one_pack = False
     resets_optimizer = False
+    lack = "no pair"
+    remedy = "look at data.labels"
 
     def __init__(self, options: DPOOptions | MPOOptions, setup: Setup) -> None:
         self.options, self.setup = options, setup
@@ -175,4 +181,4 @@ def _check_sides(sides: list[Batch]) -> None:
             raise SampleError(f"{name!r} has no token that is learnt: a pair compares two answers")
     chosen, rejected = (side.ids.tokens for side in sides)
     if torch.equal(chosen, rejected):
-        raise SampleError("'chosen' and 'rejected' are the same tokens: such a pair teaches nothing")
+        raise SampleError("'chosen' and 'rejected' are the same tokens: a pair compares two answers")

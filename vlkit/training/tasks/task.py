@@ -70,11 +70,15 @@ class Task(Protocol):
         modules: What trains besides the model; None for most.
         one_pack: All items of a rank go into one forward; else they are packed by the budget.
         resets_optimizer: Every step begins with a fresh state of the optimizer.
+        lack: What a step has that teaches nothing, for messages: "no supervised token".
+        remedy: What to look at then, if the step's samples could be used.
     """
 
     modules: nn.Module | None
     one_pack: bool
     resets_optimizer: bool
+    lack: str
+    remedy: str
 
     def prepare(self, sample: dict[str, Any], draw: Draw) -> Item:
         """The sample as tensors. Runs in threads, and depends on its arguments alone.
