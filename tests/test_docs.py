@@ -49,6 +49,15 @@ def test_code_of_the_training_page_runs(tmp_path: Path, monkeypatch: pytest.Monk
         exec(compile(block, "docs/training.md", "exec"), names)
 
 
+@pytest.mark.slow
+def test_code_of_the_training_page_about_adapters_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT takes seconds to import."""
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks("docs/training.md", "py")
+    exec(compile(block, "docs/training.md", "exec"), {"__name__": "docs"})
+    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("page", ["docs/training.md", "docs/distributed.md"])
 def test_configs_of_pages_are_configs(page: str) -> None:
     """With what they leave out: a model, data, a length."""
