@@ -545,3 +545,9 @@ def test_older_weights_go_in_whatever_form_they_are(tmp_path: Path) -> None:
     vlkit.create_model("qwen3-vl-tiny").save_pretrained(tmp_path)
     written = {"config.json", "generation_config.json", "model.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == {*kept, *written}
+
+
+def test_how_a_loss_is_computed_keeps_no_model_from_being_saved() -> None:
+    for name in vlkit.list_models("*-tiny"):
+        config = vlkit.create_model(name, device="meta", loss_chunk=77).config
+        assert "loss_chunk" not in pretrained.write_config(config)

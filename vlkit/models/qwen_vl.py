@@ -192,7 +192,9 @@ def write_config(config: VLMConfig) -> dict[str, Any]:
     }
     if config.stop_ids != STOPS or config.image_token_id != IMAGE_START + 2:
         written["eos_token_id"] = list(config.stop_ids)
-    if config.image_token_id < 2 or llm.num_heads * llm.head_dim != llm.dim or read_config(written) != config:
+    not_readable = config.image_token_id < 2 or llm.num_heads * llm.head_dim != llm.dim
+    # How a loss is computed is not written.
+    if not_readable or read_config(written).replace(loss_chunk=config.loss_chunk) != config:
         raise ConfigError(
             "Qwen-VL's layout cannot express this model (another position table, epsilon, or number of heads than the "
             "family's); set family=None to save in vlkit's own"
