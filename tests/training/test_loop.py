@@ -316,7 +316,8 @@ def test_other_data_or_another_model_is_refused_and_another_rate_is_said(tmp_pat
             train(longer.replace(**changes))
         assert refused.value.__notes__ == ["before any step"]
     lines: list[str] = []
-    longer = longer.replace(data=config.data.replace(max_tokens=900, images_first=0.5))
+    chunked = config.model.replace(overrides={"loss_chunk": 77})  # how a loss is computed is not what a model is
+    longer = longer.replace(model=chunked, data=config.data.replace(max_tokens=900, images_first=0.5))
     assert train(longer, say=lines.append).steps == 3
     assert "changed since step-00000002: data.max_tokens: was null, is now 900" in lines
     assert "changed since step-00000002: data.images_first: was 0.0, is now 0.5" in lines

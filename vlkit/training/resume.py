@@ -72,8 +72,8 @@ def check_resumable(
             "folder with `run`"
         )
     for key in FIXED:
-        now = fingerprints[found.number][key]
-        if difference := first_difference(state["fingerprint"].get(key, BEFORE.get(key)), now, key):
+        was, now = (_fixed(each, key) for each in (state["fingerprint"], fingerprints[found.number]))
+        if difference := first_difference(was, now, key):
             raise ConfigError(
                 f"{path}: the run cannot go on with this config: {difference}. Give the new run another folder with `run`"
             )
@@ -136,6 +136,12 @@ def keep_state(before: Muon, now: Muon) -> int:
 def _plain(config: TrainConfig) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
     return found
+
+
+def _fixed(fingerprint: Mapping[str, Any], key: str) -> Any:
+    """What must be as it was. How many tokens' logits exist at once is how a loss is computed, and not what a model is."""
+    value = fingerprint.get(key, BEFORE.get(key))
+    return {name: each for name, each in value.items() if name != "loss_chunk"} if key == "model" else value
 
 
 def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
