@@ -73,6 +73,30 @@ def test_a_stream_without_a_share_now_is_not_drawn_whatever_it_lacks() -> None:
     assert mixture.next(0.5).stream == 1
 
 
+def test_a_stream_of_which_nothing_can_be_used_does_not_starve_the_others() -> None:
+    """Both halves of the draws go on from a saved place."""
+    mixture = Mixture([3, 5], seed=0)
+    for part in range(2):
+        other = Mixture([3, 5], seed=0)
+        other.load_state_dict(json.loads(json.dumps(mixture.state_dict())))
+        mixture, before = other, mixture.tokens[1]
+        streams = []
+        for _ in range(50):
+            draw = mixture.next(0.0)
+            mixture.told(draw, 10 * draw.stream)
+            streams.append(draw.stream)
+        assert mixture.tokens[1] - before == 10 * sum(streams) >= 200
+        assert streams == [0] * 8 + [1, 0] * 21 if part == 0 else streams == [1, 0] * 25
+
+
+def test_a_stream_of_which_half_cannot_be_used_has_its_share() -> None:
+    lengths = streams()[:2]
+    lengths[1][::2] = 0
+    mixture = Mixture([997, 101], [0.5, 0.5], seed=3)
+    drawn(mixture, lengths, 10**6)
+    assert abs(mixture.tokens[1] / sum(mixture.tokens) - 0.5) < 0.005
+
+
 def test_one_stream_is_its_own_order_and_needs_no_tokens() -> None:
     mixture = Mixture([13], seed=5)
     assert not mixture.needs_tokens

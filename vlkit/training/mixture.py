@@ -18,6 +18,8 @@ from vlkit.training.order import Draw, Order
 
 Share = float | Sequence[Sequence[float]]
 """A number, or points (progress, number) with straight lines between them and level ends. Relative to the other streams."""
+PATIENCE = 8
+"""Draws in a row that come to nothing, before a stream waits for another one to have its turn."""
 
 
 class Mixture:
@@ -25,7 +27,8 @@ class Mixture:
 
     A token drawn at some progress gives every stream its share of that token as credit, and the stream drawn from pays it.
     The next draw is from the stream with the most credit, so that after any number of tokens no stream is further from the
-    sum of its shares than about the longest sample; where shares change, what was drawn before is not made up for.
+    sum of its shares than about the longest sample; where shares change, what was drawn before is not made up for. A stream of
+    which nothing can be used does not keep the others from theirs: after some draws for nothing it lets another one go first.
 
     Args:
         sizes: Samples of every stream.
@@ -61,6 +64,7 @@ class Mixture:
         self.drawn = [0] * len(sizes)
         self.tokens = [0] * len(sizes)
         self._credit = [0.0] * len(sizes)
+        self._failed = [0] * len(sizes)  # draws in a row that came to nothing
 
     @property
     def needs_tokens(self) -> bool:
@@ -75,20 +79,29 @@ class Mixture:
     def next(self, progress: float) -> Draw:
         """The next sample of the stream furthest below its share, among those with a share now; of equal ones the first."""
         open_now = [number for number, weight in enumerate(self._weights(progress)) if weight > 0]
-        stream = max(open_now, key=lambda number: (self._credit[number], -number))
+        useful = [number for number in open_now if self._failed[number] < PATIENCE]
+        stream = max(useful or open_now, key=lambda number: (self._credit[number], -number))
         index, epoch = self.orders[stream].at(self.drawn[stream])
         self.drawn[stream] += 1
         return Draw(stream, index, epoch, progress, self.seed)
 
     def told(self, draw: Draw, tokens: int) -> None:
-        """Count the tokens of a draw."""
+        """Count the tokens of a draw; 0 if it came to nothing."""
+        if tokens:
+            self._failed = [min(failed, PATIENCE - 1) for failed in self._failed]  # those that waited may try again
+        self._failed[draw.stream] = 0 if tokens else self._failed[draw.stream] + 1
         self.tokens[draw.stream] += tokens
         for number, share in enumerate(self.shares(draw.progress)):
             self._credit[number] += share * tokens
         self._credit[draw.stream] -= tokens
 
     def state_dict(self) -> dict[str, Any]:
-        return {"drawn": list(self.drawn), "tokens": list(self.tokens), "credit": list(self._credit)}
+        return {
+            "drawn": list(self.drawn),
+            "tokens": list(self.tokens),
+            "credit": list(self._credit),
+            "failed": list(self._failed),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state.
@@ -101,6 +114,7 @@ class Mixture:
             raise ConfigError(f"the saved place is of {found} streams, the data has {expected}")
         self.drawn, self.tokens = list(state["drawn"]), list(state["tokens"])
         self._credit = list(state["credit"])
+        self._failed = list(state.get("failed", [0] * expected))
 
     def _weights(self, progress: float) -> list[float]:
         return [float(np.interp(progress, places, values)) for places, values in self._shares]
