@@ -8,13 +8,16 @@ Measuring and writing decide alike, because both draw from the beginning of the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from vlkit.errors import ConfigError, SequenceTooLongError
 from vlkit.packing import Batch
 from vlkit.processing import LabelRule, Processor
+from vlkit.processing.image_size import image_size
 from vlkit.training.resolution import ResolutionSchedule
+from vlkit.training.samples import is_image, messages_of, parts_of
 from vlkit.training.tasks.task import Draw, Setup
 from vlkit.training.transforms import cut, images_first
 
@@ -76,7 +79,17 @@ class Writer:
         """The sample as it is shown this time, and the most pixels of an image of it."""
         if self.images_first:
             sample = images_first(sample, draw.rng, self.images_first)
-        return sample, None if self.resolution is None else self.resolution.pixels(draw.progress, draw.rng)
+        if self.resolution is None:
+            return sample, None
+        native = self._largest(sample) if self.resolution.mode == "sample" else None
+        return sample, self.resolution.pixels(draw.progress, draw.rng, native)
+
+    def _largest(self, sample: Mapping[str, Any]) -> int | None:
+        """Pixels of the largest image of a sample, by its header; None without images."""
+        parts = [part.get("image") for message in messages_of(sample) for part in parts_of(message) if is_image(part)]
+        sources = [*(source for source in parts if source is not None), *(sample.get("images") or ())]
+        rule = self.processor.config.reading
+        return max((math.prod(image_size(source, rule)) for source in sources), default=None)
 
     def batch(
         self,
