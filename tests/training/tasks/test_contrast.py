@@ -220,7 +220,7 @@ def test_heads_come_back_from_their_folder(tmp_path: Path) -> None:
 
 def test_mistakes_are_named() -> None:
     task = make()
-    with pytest.raises(SampleError, match="an image and its text are expected"):
+    with pytest.raises(SampleError, match=r"an image and its text are expected .*, and this is a conversation"):
         task.prepare({"messages": []}, NoDraw())
     with pytest.raises(ConfigError, match="32 wide, no multiple of pool_heads=5"):
         make(OPTIONS.replace(pool_heads=5))

@@ -271,7 +271,7 @@ def test_a_verifier_that_fails_is_told_at_which_answer(monkeypatch: pytest.Monke
     with pytest.raises(ZeroDivisionError) as failure:
         task.begin([task.prepare(questions(1)[0], Draw(1, 7))], 0)
     assert failure.value.__notes__ == [
-        "the verifier 'broken' judged 'no', an answer to sample 7 of stream 1, both counted from 0"
+        "the verifier 'broken' judged 'no', an answer to sample 7 of stream 1, both counted from 0: 'q'"
     ]
 
 

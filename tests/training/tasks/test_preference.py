@@ -116,7 +116,7 @@ def test_of_a_conversation_only_the_last_answer_is_compared(rule: dict[str, Any]
 
 
 def test_what_is_no_pair_is_refused() -> None:
-    with pytest.raises(SampleError, match="a pair is expected"):
+    with pytest.raises(SampleError, match=r"a pair is expected .*, and this is a question"):
         make_task({"kind": "dpo"}).prepare({"messages": [{"role": "user", "content": "?"}], "answer": "1"}, Draw(0, 0))
     with pytest.raises(ConfigError, match=r"set data\.too_long to 'refuse' or 'skip', not to 'cut'"):
         make_task({"kind": "dpo"}, data={"files": ["unused"], "max_tokens": 9, "too_long": "cut"})

@@ -29,6 +29,7 @@ from vlkit.objectives.siglip import Exchange, repeated_pairs, siglip_loss
 from vlkit.packing import Batch, Layout, Packed
 from vlkit.training.contrast_heads import ContrastConfig, ContrastHeads
 from vlkit.training.options import Factor
+from vlkit.training.samples import kind_of
 from vlkit.training.tasks.answers import num_learnt, targets_of
 from vlkit.training.tasks.task import Draw, Figures, Item, Setup
 from vlkit.training.text_encoder import TextEncoderConfig
@@ -157,7 +158,9 @@ class Contrast:
     def _conversation(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         """The image, the prompt if there is one, and the text as the answer."""
         if "image" not in sample or "text" not in sample:
-            raise SampleError("an image and its text are expected: {'image': ..., 'text': ...}")
+            raise SampleError(
+                f"an image and its text are expected ({{'image': ..., 'text': ...}}), and this is a {kind_of(sample)}"
+            )
         content: list[dict[str, Any]] = [{"type": "image", "image": sample["image"]}]
         if self.options.prompt:
             content.append({"type": "text", "text": self.options.prompt})

@@ -53,13 +53,13 @@ class RolloutOptions(Config):
     def check(self) -> None:
         if self.group < 2:
             raise ConfigError(
-                f"{type(self).__name__}.group: {self.group} answer has none to be compared with and teaches nothing; take 2 or more"
+                f"{type(self).__name__}.group: {self.group} answer has none to be compared with and teaches nothing; take 2"
             )
 
 
 ALIKE = (
     "no prompt whose answers got different rewards",
-    "look at reward and length in the metrics: prompts are too hard or too easy for the model, or objective.verifier is too strict",
+    "look at reward and length in the metrics: prompts are too hard or too easy, or objective.verifier sees no difference",
 )
 """What a step lacks that teaches nothing, and what to look at."""
 
@@ -234,7 +234,7 @@ class Rollouts:
             stream, index = prompt.extra["key"].split("/")
             error.add_note(
                 f"the verifier {self.options.verifier!r} judged {answer.text[:80]!r}, an answer to sample {index} of stream "
-                f"{stream}, both counted from 0"
+                f"{stream}, both counted from 0: {prompt.extra['sample']['messages'][-1].get('content')!r:.200}"
             )
             raise
 

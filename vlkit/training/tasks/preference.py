@@ -22,6 +22,7 @@ from vlkit.objectives.segments import segment_sum
 from vlkit.packing import Batch
 from vlkit.training.options import Factor
 from vlkit.training.reflection import as_prompt
+from vlkit.training.samples import kind_of
 from vlkit.training.tasks.answers import learnt, log_probs_of, num_learnt, refuse_dropout, targets_of
 from vlkit.training.tasks.task import Draw, Figures, Item, Setup
 from vlkit.training.writing import Writer
@@ -164,7 +165,9 @@ def _sides(sample: dict[str, Any]) -> list[tuple[list[Any], dict[str, Any]]]:
         SampleError: The sample is no pair.
     """
     if "chosen" not in sample or "rejected" not in sample:
-        raise SampleError("a pair is expected: 'messages', and the answers 'chosen' and 'rejected'")
+        raise SampleError(
+            f"a pair is expected ('messages', and the answers 'chosen' and 'rejected'), and this is a {kind_of(sample)}"
+        )
     prompt = as_prompt(sample["messages"])
     beside = {name: sample.get(name) for name in ("images", "videos", "tools")}
     return [([*prompt, *sample[side]], beside) for side in ("chosen", "rejected")]
