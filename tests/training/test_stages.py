@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -298,3 +299,18 @@ def test_a_stage_of_any_family_changes_only_what_it_trains(tmp_path: Path, name:
         changed = {key for key in before if not torch.equal(before[key], after[key])}
         assert changed
         assert {key.split(".")[0] for key in changed} == {stage["name"]}
+
+
+def test_a_stage_says_when_what_its_objective_trains_begins_anew(tmp_path: Path) -> None:
+    samples = [{"image": f"{index}.png", "text": f"picture {index}"} for index in (1, 2)]
+    small_config(tmp_path)  # writes the images
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    contrast = {"kind": "contrast", "dim": 8, "text_dim": 8, "text_layers": 1, "text_heads": 2, "text_mlp_dim": 8}
+    stages = [
+        {"name": name, "steps": 1, "objective": {**contrast, "pool_heads": 2, "dim": dim}}
+        for name, dim in (("a", 8), ("b", 8), ("c", 12))
+    ]
+    data = {"files": [str(tmp_path / "captions.jsonl")], "workers": 0}
+    lines: list[str] = []
+    train(small_config(tmp_path, batch=2, micro_batch=None, data=data, stages=stages), say=lines.append)
+    assert [line[:8] for line in lines if "begins anew" in line] == ["stage c:"]

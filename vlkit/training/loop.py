@@ -185,7 +185,17 @@ class _Run:
         self.heartbeat.now(f"beginning stage {stage.name}")
         self.model = self.models.next(self.model, stage)
         run = self.entered(stage)
-        run.take_modules(before)
+        taken = run.take_modules(before)
+        task = stage.config.task[1]
+        if (
+            run.task.modules is not None
+            and not taken
+            and any(s.config.task[1] is task for s in self.stages[: stage.number])
+        ):
+            self.say(
+                f"stage {stage.name}: what its objective trains beside the model begins anew; it goes on only from the stage "
+                "just before it, if that has the same objective with the same sizes"
+            )
         if stage.config.keep_state:
             kept = keep_state(before.optimizer, run.optimizer)
             self.say(f"stage {stage.name}: the optimizer's state of {kept} parameters is kept")
@@ -193,8 +203,9 @@ class _Run:
 
     def entered(self, stage: Stage) -> StageRun:
         run = StageRun(stage, self.model, self.around, self.progress, self.models.reference(stage))
-        if stage.name:
-            self.say(f"stage {stage.name} ({stage.number + 1}/{len(self.stages)}): {what_trains(run.trained)}")
+        name = f"stage {stage.name} ({stage.number + 1}/{len(self.stages)}): " if stage.name else ""
+        if name or not all(parameter.requires_grad for parameter in run.trained.parameters()):
+            self.say(name + what_trains(run.trained))
         return run
 
     # What is kept
