@@ -60,9 +60,11 @@ def test_a_line_tells_all_of_a_step(tmp_path: Path) -> None:
 
 
 def test_only_every_nth_step_is_told_and_the_last(tmp_path: Path) -> None:
-    config = small_config(tmp_path, steps=5, log_every=2)
-    train(config)
+    config = small_config(tmp_path, steps=5, log_every=2, train=["llm"])
+    lines: list[str] = []
+    train(config, say=lines.append)
     assert [entry["step"] for entry in metrics(config)] == [2, 4, 5]
+    assert lines[0].startswith("vision frozen of ")
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:

@@ -41,6 +41,9 @@ from vlkit.training.run_stages import Stage
 from vlkit.training.tasks.task import Item, Setup
 from vlkit.training.update import Sums, all_totals, autocast, backward
 
+WATCHED = ("reward", "accuracy")
+"""Figures of tasks that say more than their loss, and so stand in the line of a step."""
+
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -313,6 +316,7 @@ class StageRun:
         line = f"step {progress.step}/{self.around.total}  "
         line += f"stage {stage.name} {progress.stage_step}/{stage.steps}  " if stage.name else ""
         line += f"loss {done.loss:.4f}  lr {rate:.2e}  {tokens_per_second:.0f} tokens/s  grad norm {done.grad_norm:.3g}"
+        line += "".join(f"  {name} {told[name]:.3f}" for name in WATCHED if isinstance(told.get(name), float))
         line += f"  skipped {progress.skipped_steps}" if progress.skipped_steps else ""
         line += f"  corrupt {progress.corrupt_samples}" if progress.corrupt_samples else ""
         self.around.say(line)
