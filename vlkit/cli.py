@@ -136,7 +136,11 @@ def generate(
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A .toml or .json file; see docs/training.md.")],
     resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Go on from the newest checkpoint of the run, if there is one.")
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Go on from the newest checkpoint of the run, if there is one; or refuse to begin where there is one.",
+        ),
     ] = True,
     run: Annotated[Path | None, typer.Option(help="Folder of the run, instead of the one that CONFIG names.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of the run, instead of what CONFIG says.")] = None,
