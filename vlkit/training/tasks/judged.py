@@ -57,11 +57,11 @@ class RolloutOptions(Config):
             )
 
 
-ALIKE = (
-    "no prompt whose answers got different rewards",
-    "look at reward and length in the metrics: prompts are too hard or too easy, or objective.verifier sees no difference",
+LACK = "no prompt whose answers got different rewards"
+REMEDY = (
+    "look at reward and length in the metrics: prompts are too hard or too easy, or objective.verifier sees no difference; "
+    "max_skipped_steps says how long to wait"
 )
-"""What a step lacks that teaches nothing, and what to look at."""
 
 Pull = Literal["none", "reference", "old"]
 """What a loss holds an answer near, beside its advantage."""

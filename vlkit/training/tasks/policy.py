@@ -35,7 +35,7 @@ from vlkit.objectives.segments import segment_sum
 from vlkit.packing import Batch
 from vlkit.training.options import Factor, Share
 from vlkit.training.tasks.answers import IGNORE, log_probs_of, num_learnt, targets_of
-from vlkit.training.tasks.judged import ALIKE, RolloutOptions, Rollouts
+from vlkit.training.tasks.judged import LACK, REMEDY, RolloutOptions, Rollouts
 from vlkit.training.tasks.task import Draw, Figures, Item, Setup
 
 
@@ -77,7 +77,7 @@ class GRPO:
     modules = None
     one_pack = False
     resets_optimizer = False
-    lack, remedy = ALIKE
+    lack, remedy = LACK, REMEDY
 
     def __init__(self, options: GRPOOptions, setup: Setup) -> None:
         self.options, self.setup = options, setup
@@ -192,7 +192,7 @@ class MirrorDescent:
     modules = None
     one_pack = False
     resets_optimizer = True
-    lack, remedy = ALIKE
+    lack, remedy = LACK, REMEDY
 
     def __init__(self, options: MirrorDescentOptions, setup: Setup) -> None:
         self.options, self.setup = options, setup
