@@ -37,12 +37,13 @@ def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
 
 
 def test_a_line_tells_all_of_a_step(tmp_path: Path) -> None:
+    streams = [{"name": name, "files": [str(tmp_path / "train.jsonl")], "share": n} for name, n in (("a", 3), ("b", 1))]
     config = small_config(
         tmp_path,
         steps=2,
         packs=2,
         micro_batch=None,
-        data={"files": [str(tmp_path / "train.jsonl")], "pack_tokens": 300, "pack_patches": 200, "workers": 0},
+        data={"streams": streams, "pack_tokens": 300, "pack_patches": 200, "workers": 0},
         optimizer={"lr": 1e-3, "part_lr": {"vision": 1e-4}},
     )
     train(config)
@@ -52,6 +53,10 @@ def test_a_line_tells_all_of_a_step(tmp_path: Path) -> None:
     assert 0.5 < entry["token_fill"] <= 1
     assert 0 < entry["patch_fill"] <= 1
     assert entry["cross_entropy"] == pytest.approx(entry["loss"], rel=1e-6)
+    last = metrics(config)[-1]
+    drawn = last["stream_tokens"]
+    assert sum(drawn.values()) >= last["tokens"]
+    assert drawn["a"] / sum(drawn.values()) == pytest.approx(0.75, abs=0.05)
     experts = entry["experts"]
     assert {"max_violation", "entropy", "dead", "bias_min", "bias_max"} <= set(experts)
     layers = experts["max_violation_of_layers"]

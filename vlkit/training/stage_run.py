@@ -41,7 +41,7 @@ from vlkit.training.run_stages import Stage
 from vlkit.training.tasks.task import Item, Setup
 from vlkit.training.update import Sums, all_totals, autocast, backward
 
-WATCHED = ("reward", "accuracy")
+WATCHED = ("reward", "accuracy", "margin")
 """Figures of tasks that say more than their loss, and so stand in the line of a step."""
 
 
@@ -309,6 +309,12 @@ class StageRun:
                 found[part] = max(found.get(part, 0.0), group["lr"])
         return found
 
+    def streams(self) -> dict[str, dict[str, int]]:
+        """Tokens that were drawn of every stream since the stage began, where there are several in given shares."""
+        names = [stream.name for stream in self.config.data.streams]
+        tokens = self.place["draws"].get("tokens")
+        return {"stream_tokens": dict(zip(names, tokens, strict=True))} if len(names) > 1 and tokens else {}
+
     def log(self, done: Done, tokens_per_second: float, told: Mapping[str, Any]) -> None:
         progress, stage, rate = self.progress, self.stage, self.optimizer.param_groups[0]["lr"]
         if self.around.metrics is None:
@@ -333,6 +339,7 @@ class StageRun:
                 "tokens_per_second": tokens_per_second,
                 "skipped_steps": progress.skipped_steps,
                 "corrupt_samples": progress.corrupt_samples,
+                **self.streams(),
                 **told,
             }
         )
