@@ -35,7 +35,7 @@ from vlkit.objectives.segments import segment_sum
 from vlkit.packing import Batch
 from vlkit.training.options import Factor, Share
 from vlkit.training.tasks.answers import IGNORE, log_probs_of, num_learnt, targets_of
-from vlkit.training.tasks.judged import LACK, REMEDY, RolloutOptions, Rollouts
+from vlkit.training.tasks.judged import LACK, REMEDY, Pull, RolloutOptions, Rollouts
 from vlkit.training.tasks.task import Draw, Figures, Item, Setup
 
 
@@ -84,6 +84,7 @@ class GRPO:
         self.rollouts = Rollouts(options, setup)
         self.rates = self.rollouts.rates  # for draws by success
         self.variant = VARIANTS[options.variant]
+        self.moved = False  # whether the policy has left the model that the stage began with
 
     def prepare(self, sample: dict[str, Any], draw: Draw) -> Item:
         return self.rollouts.prepare(sample, draw)
@@ -99,7 +100,10 @@ class GRPO:
             rewards = rewards + overlong_penalty(judged.lengths, options.max_new_tokens, options.overlong_margin)
         advantages = group_advantages(rewards, judged.groups, self.variant.scale, options.eps)
         kept = informative(rewards, judged.groups) if self.variant.drop_equal else torch.ones_like(judged.groups) > 0
-        updates = self.rollouts.divided(judged, advantages, kept, pull="reference" if options.kl_weight else "none")
+        # Until something was learnt, the reference is the old policy, and the distance from it a rounding.
+        pull: Pull = "none" if not options.kl_weight else "reference" if self.moved else "old"
+        updates = self.rollouts.divided(judged, advantages, kept, pull=pull)
+        self.moved |= bool((advantages * kept).any())
         if options.kl_weight:
             updates = with_log_probs(updates, "reference", setup.reference(), setup, options.temperature)
         updates[1:] = with_log_probs(updates[1:], "old", setup.model, setup, options.temperature)
@@ -161,10 +165,11 @@ class GRPO:
         return loss, figures
 
     def state_dict(self) -> dict[str, Any]:
-        return self.rollouts.state_dict()
+        return {**self.rollouts.state_dict(), "moved": self.moved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rollouts.load_state_dict(state)
+        self.moved = state.get("moved", True)
 
 
 class MirrorDescentOptions(RolloutOptions):
