@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -15,9 +16,14 @@ import vlkit
 from tests.ranks import run_ranks
 from tests.training.runs import metrics, until, weights
 from tests.training.samples import small_config, write_samples
-from vlkit.errors import ConfigError
+from vlkit.errors import CheckpointError, ConfigError
 from vlkit.training import TrainConfig, train
+from vlkit.training.contrast_heads import ContrastConfig, ContrastHeads
+from vlkit.training.ranks import Ranks
+from vlkit.training.run_stages import Stage
+from vlkit.training.stage_models import StageModels
 from vlkit.training.tasks.next_token import NextToken
+from vlkit.training.text_encoder import TextEncoderConfig
 
 ALIGN = {"name": "align", "train": ["projector"], "steps": 3}
 ALL = {"name": "sft", "steps": 4, "optimizer": {"lr": 1e-3}, "schedule": {"warmup": 2, "final": 0.1}}
@@ -301,16 +307,52 @@ def test_a_stage_of_any_family_changes_only_what_it_trains(tmp_path: Path, name:
         assert {key.split(".")[0] for key in changed} == {stage["name"]}
 
 
-def test_a_stage_says_when_what_its_objective_trains_begins_anew(tmp_path: Path) -> None:
+def test_what_an_objective_trains_goes_on_from_the_last_stage_of_its_kind_or_says_that_it_begins_anew(
+    tmp_path: Path,
+) -> None:
+    objective = {"kind": "contrast"}
+    stages = [{"name": "a", "objective": objective}, {"name": "b"}, {"name": "c", "objective": objective}]
+    config = small_config(tmp_path, stages=stages, micro_batch=None)
+    parts: Any = [
+        Stage(number, name, own, (), 1, number) for number, (name, own) in enumerate(config.resolved_stages())
+    ]
+    nothing: Any = None
+    models = StageModels(config, parts, nothing, nothing, Ranks(0, 1, torch.device("cpu")))
+    text = TextEncoderConfig(vocab_size=5, dim=4, num_layers=1, num_heads=1, mlp_dim=4)
+    heads, ours, other = (
+        ContrastHeads(ContrastConfig(image_dim=4, dim=2, pool_heads=pool_heads, text=text)) for pool_heads in (1, 1, 2)
+    )
+    with pytest.raises(CheckpointError, match=r"1-a/contrast: missing, and stage 'c' goes on with .* in stage 'a'"):
+        models.take_modules(ours, parts[2])
+    heads.save_pretrained(models.folder(parts[0]) / "contrast")
+    assert models.take_modules(ours, parts[0]) is None
+    assert not torch.equal(ours.image_proj.weight, heads.image_proj.weight)
+    state = torch.get_rng_state()
+    assert models.take_modules(ours, parts[2]) is None
+    assert all(torch.equal(value, ours.state_dict()[name]) for name, value in heads.state_dict().items())
+    assert "'contrast' trains beside the model begins anew" in str(models.take_modules(other, parts[2]))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.slow
+def test_heads_go_on_over_a_stage_of_another_kind(tmp_path: Path) -> None:
     samples = [{"image": f"{index}.png", "text": f"picture {index}"} for index in (1, 2)]
     small_config(tmp_path)  # writes the images
     (tmp_path / "captions.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    contrast = {"kind": "contrast", "dim": 8, "text_dim": 8, "text_layers": 1, "text_heads": 2, "text_mlp_dim": 8}
+    sizes = {"pool_heads": 2, "text_dim": 8, "text_layers": 1, "text_heads": 2, "text_mlp_dim": 8}
+    data, captions = ({"files": [str(tmp_path / name)], "workers": 0} for name in ("train.jsonl", "captions.jsonl"))
+    contrast = {"objective": {"kind": "contrast", "dim": 8, **sizes}, "data": captions}
     stages = [
-        {"name": name, "steps": 1, "objective": {**contrast, "pool_heads": 2, "dim": dim}}
-        for name, dim in (("a", 8), ("b", 8), ("c", 12))
+        {"name": "a", **contrast},
+        {"name": "b"},
+        {"name": "c", **contrast, "train": ["projector"]},
+        {"name": "d", **contrast, "objective": {**contrast["objective"], "dim": 12}},
     ]
-    data = {"files": [str(tmp_path / "captions.jsonl")], "workers": 0}
     lines: list[str] = []
-    train(small_config(tmp_path, batch=2, micro_batch=None, data=data, stages=stages), say=lines.append)
-    assert [line[:8] for line in lines if "begins anew" in line] == ["stage c:"]
+    train(small_config(tmp_path, batch=2, micro_batch=None, steps=1, data=data, stages=stages), say=lines.append)
+    assert [line[:8] for line in lines if "begins anew" in line] == ["stage d:"]
+    first, later, anew = (
+        load_file(tmp_path / f"run/stages/{name}/contrast/model.safetensors") for name in ("1-a", "3-c", "4-d")
+    )
+    assert all(torch.equal(first[name], later[name]) for name in first)
+    assert anew["text_proj.weight"].shape[0] == 12

@@ -185,17 +185,10 @@ class _Run:
         self.heartbeat.now(f"beginning stage {stage.name}")
         self.model = self.models.next(self.model, stage)
         run = self.entered(stage)
-        taken = run.take_modules(before)
-        task = stage.config.task[1]
-        if (
-            run.task.modules is not None
-            and not taken
-            and any(s.config.task[1] is task for s in self.stages[: stage.number])
-        ):
-            self.say(
-                f"stage {stage.name}: what its objective trains beside the model begins anew; it goes on only from the stage "
-                "just before it, if that has the same objective with the same sizes"
-            )
+        if run.task.modules is not None:
+            line = self.models.take_modules(run.task.modules, stage)
+            if line is not None:
+                self.say(f"stage {stage.name}: {line}")
         if stage.config.keep_state:
             kept = keep_state(before.optimizer, run.optimizer)
             self.say(f"stage {stage.name}: the optimizer's state of {kept} parameters is kept")

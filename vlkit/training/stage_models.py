@@ -92,6 +92,35 @@ class StageModels:
         enter_stage(model, stage.config)
         return model
 
+    def take_modules(self, modules: Any, stage: Stage) -> str | None:
+        """Collective. Give the modules of a stage's objective the weights that the last stage of this objective ended with.
+
+        Returns:
+            What to say where they begin anew, though there was such a stage: their sizes are others.
+
+        Raises:
+            CheckpointError: What it ended with was saved, and cannot be read.
+        """
+        kind = kind_of(stage)
+        before = next((each for each in reversed(self.stages[: stage.number]) if kind_of(each) == kind), None)
+        if before is None:
+            return None
+        folder = self.folder(before) / kind
+        with self.ranks.together(), random_states_kept():
+            if not folder.is_dir():
+                raise CheckpointError(
+                    f"{folder}: missing, and stage {stage.name!r} goes on with what its objective trained in stage "
+                    f"{before.name!r}; put it back, or begin anew in another folder with `run`"
+                )
+            found = type(modules).from_pretrained(folder)
+            if found.config != modules.config:
+                return (
+                    f"what its objective {kind!r} trains beside the model begins anew, because it has other sizes than in "
+                    f"stage {before.name!r}"
+                )
+            modules.load_state_dict(found.state_dict())
+        return None
+
     def reference(self, stage: Stage) -> Callable[[], VisionLanguageModel]:
         """Collective when it is first called. Gives the frozen model that a stage began with, always the same one."""
         made: list[VisionLanguageModel] = []
@@ -172,7 +201,7 @@ class StageModels:
                 self.processor.save_pretrained(folder)
                 save = getattr(modules, "save_pretrained", None)
                 if save is not None:
-                    save(folder / str((stage.config.objective or {}).get("kind")))
+                    save(folder / kind_of(stage))
         return folder
 
 
@@ -185,6 +214,11 @@ def what_trains(model: nn.Module) -> str:
         how = "frozen" if not trained else "trains" if trained == total else f"trains {trained:,}"
         told.append(f"{name} {how} of {total:,}")
     return ", ".join(told)
+
+
+def kind_of(stage: Stage) -> str:
+    """Of the stage's objective."""
+    return str((stage.config.objective or {}).get("kind"))
 
 
 @contextmanager

@@ -110,17 +110,6 @@ class StageRun:
         self.place = self.reader.state_dict()
         self.task.load_state_dict(state.get("task", {}))
 
-    def take_modules(self, before: StageRun) -> bool:
-        """Go on with the modules of the task of the stage before, where they are the same ones; whether there were such."""
-        theirs, ours = before.task.modules, self.task.modules
-        if theirs is None or ours is None or type(before.task) is not type(self.task):
-            return False
-        state = theirs.state_dict()
-        same = {n: v.shape for n, v in state.items()} == {n: v.shape for n, v in ours.state_dict().items()}
-        if same:
-            ours.load_state_dict(state)
-        return same
-
     def steps(self, save: Callable[[StageRun], object]) -> bool:
         """Do the steps that are left.
 
