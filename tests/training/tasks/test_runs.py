@@ -71,7 +71,10 @@ def run(rank: int, config: TrainConfig, until: int | None = None) -> None:
     import os
     import signal
 
+    watched = "  margin " if config.objective["kind"] in ("dpo", "mpo") else "  reward "
+
     def say(line: str) -> None:
+        assert not line.startswith("step ") or watched in line
         if line.startswith(f"step {until}/"):
             os.kill(os.getpid(), signal.SIGTERM)
 
