@@ -62,7 +62,10 @@ def test_reading_from_supervision_to_rewards(folder: Path) -> None:
     few = {"batch": 3, "picture": False}
     assert "margin" in metrics(train(small(folder / "dpo.toml", **few)))
     for name in ("grpo", "mirror_descent"):
-        assert 0 <= metrics(train(small(folder / f"{name}.toml", **few, max_skipped_steps=2)))["reward"] <= 1
+        config = small(folder / f"{name}.toml", **few)
+        # After so few steps no reading is right, and answers that are all wrong teach nothing.
+        config = config.replace(objective={**config.objective, "verifier": "length"})
+        assert 0 <= metrics(train(config, verifiers={"length": lambda text, _: len(text) % 7 / 7}))["reward"] <= 1
     for name in ("sft", "dpo", "grpo", "mirror_descent"):
         figures = readings.evaluate(folder / f"runs/{name}/model", folder / "digits/unseen")
         assert set(figures) == {"exact", "drawn", "preferred"}
