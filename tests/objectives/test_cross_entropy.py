@@ -158,7 +158,7 @@ def test_target_outside_the_vocabulary_is_named(bad: int) -> None:
         chunked_cross_entropy(torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, bad]))
 
 
-def test_other_numbers_of_weights_are_refused() -> None:
+def test_other_numbers_of_weights_are_mistakes() -> None:
     hidden, head, weights = inputs()
     with pytest.raises(LayoutError, match="one weight per target"):
         chunked_cross_entropy(hidden, head, TARGETS, weights=weights[1:])

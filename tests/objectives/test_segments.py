@@ -51,7 +51,7 @@ def test_finite_differences_agree() -> None:
     assert gradcheck(lambda v: (segment_sum(v * v, LAYOUT), segment_mean(v * v, mask, LAYOUT)), (values,))
 
 
-def test_other_numbers_of_values_are_refused() -> None:
+def test_other_numbers_of_values_are_mistakes() -> None:
     with pytest.raises(LayoutError, match="token of 9"):
         segment_sum(torch.ones(8), LAYOUT)
     with pytest.raises(LayoutError, match="one mark per value"):

@@ -38,6 +38,6 @@ def test_weights_do_not_depend_on_the_pack(normalise: str) -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
-def test_another_word_is_refused() -> None:
+def test_other_words_are_mistakes() -> None:
     with pytest.raises(ConfigError, match="'mean' is not one of token, sample, square"):
         token_weights(torch.tensor([1]), Layout((1,)), "mean")  # type: ignore[arg-type]

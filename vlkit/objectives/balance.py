@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,6 +21,7 @@ from vlkit.objectives.segments import segment_sum
 from vlkit.packing import Layout
 
 
+@runtime_checkable
 class Routed(Protocol):
     """What these need of a router's answer; `vlkit.layers.moe.Routing` is one."""
 

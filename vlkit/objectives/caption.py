@@ -23,7 +23,7 @@ def caption_loss(
     hidden: Float[Tensor, "tokens dim"],
     head: Float[Tensor, "vocab dim"],
     targets: Int[Tensor, " tokens"],
-    num_targets: float | Tensor,
+    num_targets: int | float | Tensor,
     *,
     chunk: int = 512,
 ) -> Float[Tensor, ""]:

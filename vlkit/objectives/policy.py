@@ -237,8 +237,8 @@ def answer_weights(
     layout: Layout,
     aggregate: Aggregate,
     *,
-    num_answers: float,
-    num_tokens: float,
+    num_answers: int | float,
+    num_tokens: int | float,
     max_tokens: int | None = None,
 ) -> Float[Tensor, " tokens"]:
     """What a token weighs, so that the sum of losses times weights over all packs and ranks is the loss of the step.

@@ -101,8 +101,8 @@ def mpo_loss(
     chosen: Float[Tensor, " pairs"],
     *,
     shift: float,
-    num_pairs: float,
-    num_tokens: float,
+    num_pairs: int | float,
+    num_tokens: int | float,
     weights: Sequence[float] = MPO_WEIGHTS,
 ) -> MPOLoss:
     """Preference, quality and generation together: weighted DPO and BCO per pair, and cross-entropy per chosen token.
