@@ -133,14 +133,7 @@ class GRPO:
         )
 
         def objective(decoded: DecoderOutput, head: Tensor) -> tuple[Tensor, Figures]:
-            log_probs, entropy = token_log_probs(
-                decoded.hidden.tokens,
-                head,
-                targets,
-                temperature=options.temperature,
-                chunk=model.config.loss_chunk,
-                entropy=True,
-            )
+            log_probs, entropy = _log_probs(decoded, head, targets, options.temperature, model)
             if not items:
                 return 0.0 * log_probs.sum(), {}
             advantages = log_probs.new_tensor([item.extra["advantage"] for item in items])
@@ -236,14 +229,7 @@ class MirrorDescent:
         targets = targets_of(batch)
 
         def objective(decoded: DecoderOutput, head: Tensor) -> tuple[Tensor, Figures]:
-            log_probs, entropy = token_log_probs(
-                decoded.hidden.tokens,
-                head,
-                targets,
-                temperature=options.temperature,
-                chunk=model.config.loss_chunk,
-                entropy=True,
-            )
+            log_probs, entropy = _log_probs(decoded, head, targets, options.temperature, model)
             if not items:
                 return 0.0 * log_probs.sum(), {}
             ours = segment_sum(log_probs, layout)
@@ -272,6 +258,20 @@ def with_log_probs(
         values = log_probs_of(model, items, setup, temperature)
         found.append([Item(item.batch, {**item.extra, name: own}) for item, own in zip(items, values, strict=True)])
     return found
+
+
+def _log_probs(
+    decoded: DecoderOutput, head: Tensor, targets: Tensor, temperature: float, model: VisionLanguageModel
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of every target and entropy of its distribution, [tokens] each, under the policy that answers were drawn from."""
+    return token_log_probs(
+        decoded.hidden.tokens,
+        head,
+        targets,
+        temperature=temperature,
+        chunk=model.config.loss_chunk,
+        entropy=True,
+    )
 
 
 def known(items: list[Item], name: str, log_probs: Tensor) -> Tensor:
