@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,9 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         open_source(tmp_path / "gone.jsonl")
     with pytest.raises(ConfigError, match="no files"):
         open_source([])
+
+
+def test_a_pipe_is_refused_before_it_is_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "samples.jsonl")
+    with pytest.raises(ConfigError, match="a pipe or a device"):
+        open_source(tmp_path / "samples.jsonl")

@@ -175,4 +175,6 @@ def _opened(path: Path) -> SampleFile:
     name = path.name.lower()
     if name.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")):
         raise ConfigError(f"{path}: samples are read in any order, which compression prevents; unpack it")
+    if path.exists() and not (path.is_file() or path.is_dir()):  # opening a pipe would wait for ever
+        raise ConfigError(f"{path}: a pipe or a device; samples are read in any order, so write them to a file")
     return ShardFile.scan(path) if name.endswith(".tar") else LinesFile.scan(path)
